@@ -118,6 +118,7 @@ class MultiTokenViT(nn.Module):
         self.name, self.pos_resize = name, pos_resize
         self.num_class_tokens, self.num_registers = class_tokens, registers
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm
+        self.patch_embed.strict_img_size = False  # timm would refuse other sizes; `forward` checks them itself
         self.patch_size, self.native_grid = vit.patch_embed.patch_size[0], vit.patch_embed.grid_size
         self.embed_dim, self.depth = vit.embed_dim, len(vit.blocks)
         if vit.cls_token is None or vit.pos_embed.shape[1] != 1 + vit.patch_embed.num_patches:

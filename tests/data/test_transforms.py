@@ -1,0 +1,160 @@
+import pickle
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from wsss.data.transforms import MEAN, STD, TrainTransform, denormalise, normalise, resize_for_evaluation
+
+JITTER = (0.4, 0.4, 0.2, 0.1)
+VOC = TrainTransform(crop=48, scale=(0.32, 1), ratio=(3 / 4, 4 / 3), jitter=JITTER, jitter_probability=0.5)
+COCO = TrainTransform(48, (0.32, 1), (3 / 4, 4 / 3), JITTER, 0.8, crop_mode="shrink")
+
+
+def plain(crop, scale=(1, 1), ratio=(1, 1), crop_mode="resize"):
+    return TrainTransform(crop, scale, ratio, JITTER, 0, crop_mode)
+
+
+def coordinates(height, width):
+    """An image whose red is the row, green the column and blue 255: it shows which pixels a crop has taken."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([rows, columns, torch.full_like(rows, 255)]).to(torch.uint8)
+
+
+def noise(height=60, width=80):
+    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_normalise_and_back():
+    image = noise()
+    result = normalise(image)
+    assert result.dtype == torch.float32
+    assert_close(result[1], (image[1] / 255 - MEAN[1]) / STD[1])
+    assert_close(normalise(image.expand(2, 5, -1, -1, -1))[1, 4], result)
+    assert torch.equal(denormalise(result).round().to(torch.uint8), image)
+    assert denormalise(result.double()).dtype == torch.float64
+    with pytest.raises(TypeError, match="float32.*uint8"):
+        normalise(result)
+
+
+def test_resize_for_evaluation_squashes_after_normalising():
+    image = noise()
+    assert torch.equal(resize_for_evaluation(image, None), normalise(image))
+    squashed = resize_for_evaluation(image, 30)
+    assert squashed.shape == (3, 30, 30)
+    # Half of 60 rows: each result lies between two rows. 30 of 80 columns: centre at 8/3 (i + 1/2) - 1/2.
+    rows = normalise(image).unflatten(1, (30, 2)).mean(2)
+    assert_close(squashed[..., 1], rows[..., 3] * 0.5 + rows[..., 4] * 0.5)
+    assert_close(squashed[..., 0], rows[..., 0] * (1 / 6) + rows[..., 1] * (5 / 6))
+
+
+@pytest.mark.parametrize("transform", [VOC, COCO])
+@pytest.mark.parametrize("size", [(30, 40), (60, 80), (200, 49)])
+def test_train_transform_shape_and_seed(transform, size):
+    image = noise(*size)
+    untouched = image.clone()
+    torch.manual_seed(3)
+    first = transform(image)
+    assert first.shape == (3, 48, 48) and first.dtype == torch.float32
+    assert torch.equal(image, untouched)
+    other = transform(image)
+    torch.manual_seed(3)
+    assert torch.equal(transform(image), first)
+    assert torch.equal(transform(image), other) and not torch.equal(other, first)
+    torch.manual_seed(3)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image), first)
+
+
+def test_flip_has_probability_one_half():
+    image = noise(40, 40)
+    torch.manual_seed(0)
+    flipped = 0
+    for _ in range(400):
+        result = plain(40)(image)
+        mirrored = torch.equal(result, normalise(image.flip(-1)))
+        assert mirrored or torch.equal(result, normalise(image))
+        flipped += mirrored
+    assert 160 < flipped < 240  # four standard deviations
+
+
+@pytest.mark.parametrize("crop_mode", ["resize", "shrink"])
+@pytest.mark.parametrize("probability", [0, 0.5, 1])
+def test_jitter_has_its_probability(crop_mode, probability):
+    image = torch.full((3, 20, 20), 100, dtype=torch.uint8)
+    image[0] = 160
+    torch.manual_seed(0)
+    transform = TrainTransform(20, (1, 1), (1, 1), JITTER, probability, crop_mode)
+    changed = sum(not torch.equal(transform(image), normalise(image)) for _ in range(200))
+    assert abs(changed / 200 - probability) <= 4 * (probability * (1 - probability) / 200) ** 0.5
+
+
+def test_resized_crop_takes_a_share_of_the_area_in_the_ratio():
+    torch.manual_seed(0)
+    transform = plain(64, scale=(0.32, 1), ratio=(3 / 4, 4 / 3))
+    shares = []
+    for _ in range(200):
+        result = denormalise(transform(coordinates(240, 240)))
+        # Along 64 samples a crop of n pixels spans n * 63 / 64.
+        height, width = ((result[c].max() - result[c].min()).item() * 64 / 63 for c in (0, 1))
+        assert 0.7 < width / height < 1.42
+        shares.append(height * width / 240**2)
+    assert 0.29 < min(shares) < 0.4 and 0.9 < max(shares) < 1.03
+
+
+def test_shrink_places_the_image_on_a_black_canvas():
+    image = torch.full((3, 10, 12), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    corners = set()
+    for _ in range(100):
+        result = denormalise(plain(16, crop_mode="shrink")(image)).round()
+        inside = (result == 255).all(0)
+        assert inside.sum() == 120 and (result[:, ~inside] == 0).all()
+        rows, columns = inside.nonzero().unbind(1)
+        assert rows.max() - rows.min() == 9 and columns.max() - columns.min() == 11
+        corners.add((rows.min().item(), columns.min().item()))
+    assert {row for row, _ in corners} == set(range(7)) and {column for _, column in corners} == set(range(5))
+
+
+def test_shrink_crops_a_block_of_a_larger_image():
+    torch.manual_seed(0)
+    corners = set()
+    for _ in range(200):
+        result = denormalise(plain(16, crop_mode="shrink")(coordinates(18, 20))).round()
+        rows, columns = result[0, :, 0], result[1, 0].sort().values  # sorted: the crop may be mirrored
+        assert torch.equal(rows, rows[0] + torch.arange(16.0)) and torch.equal(columns, columns[0] + torch.arange(16.0))
+        corners.add((int(rows[0]), int(columns[0])))
+    assert corners == {(row, column) for row in range(3) for column in range(5)}
+
+
+def test_shrink_never_enlarges():
+    image = torch.full((3, 100, 50), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    heights, widths = [], []
+    for _ in range(100):
+        inside = denormalise(plain(100, scale=(0.32, 1), crop_mode="shrink")(image))[0] > 127
+        heights.append(inside.any(1).sum().item())
+        widths.append(inside.any(0).sum().item())
+    assert 32 <= min(heights) < 40 and 92 < max(heights) <= 100
+    assert all(abs(height / 2 - width) <= 1 for height, width in zip(heights, widths, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_mode": "pad"}, "'pad'.*resize, shrink"),
+        ({"crop": 0}, "crop is 0"),
+        ({"scale": (1, 0.3)}, r"scale is \(1, 0.3\)"),
+        ({"ratio": (0, 1)}, r"ratio is \(0, 1\)"),
+    ],
+)
+def test_bad_settings(change, message):
+    settings = {"crop": 48, "scale": (0.3, 1), "ratio": (1, 1), "jitter": JITTER, "jitter_probability": 0.5}
+    with pytest.raises(ValueError, match=message):
+        TrainTransform(**(settings | change))
+
+
+def test_bad_images():
+    with pytest.raises(TypeError, match="float32"):
+        VOC(torch.zeros(3, 60, 60))
+    with pytest.raises(TypeError, match=r"\(2, 3, 60, 60\)"):
+        VOC(torch.zeros(2, 3, 60, 60, dtype=torch.uint8))

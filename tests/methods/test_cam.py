@@ -1,0 +1,63 @@
+"""The baseline."""
+
+import pytest
+import torch
+from base import MethodTester
+
+from wsss.methods import METHODS, build
+from wsss.methods.cam import Cam, CamConfig
+
+SMALL = {
+    "cam_scales": [1.0], "cam_flip": False, "cam_activation": "minmax", "seg_start": 0, "ptc_start": 0,
+    "weight_aux": 1.0, "weight_ptc": 0.3, "weight_seg": 1.0, "weight_energy": 1.0,
+    "par_dilations": [1, 2], "par_iterations": 2, "decoder_width": 16, "decoder_dilation": 2, "energy_scale": 0.25,
+}  # fmt: skip
+
+
+class TestCam(MethodTester):
+    name = "cam"
+    settings = SMALL
+    terms = {"cls", "aux", "ptc", "seg", "energy"}
+    always = {"cls"}
+
+    def test_class_logits_are_the_maxima_of_the_map(self, method, batch):
+        maps = method.maps(batch["image"])
+        assert torch.equal(maps["class_logits"].flatten(1), maps["cam"].flatten(2).max(-1).values)
+
+    def test_maps_are_class_weights_times_tokens(self, method, batch):
+        tokens = method.encode(batch["image"])
+        cam = torch.einsum("bld,cd->bcl", tokens.patches, method.classifier.weight)
+        aux = torch.einsum("bld,cd->bcl", tokens.taps[-3], method.aux_classifier.weight)
+        maps = method.maps(batch["image"])
+        torch.testing.assert_close(maps["cam"].flatten(2), cam)
+        torch.testing.assert_close(maps["cam_aux"].flatten(2), aux)
+
+    def test_relu_removes_negative_scores_before_normalising(self, batch):
+        maps = {"cam": torch.tensor([[[[-3.0, 1], [2, 0]]]]), "cam_aux": torch.zeros(1, 1, 2, 2)}
+        image = batch["image"][:1, :, :2, :2]
+        cut, kept = (self.make(cam_activation=how).seeds(image, maps)["cam"].flatten() for how in ("relu", "minmax"))
+        torch.testing.assert_close(cut, torch.tensor([0, 0.5, 1, 0]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(kept, torch.tensor([0, 0.8, 1, 0.6]), rtol=0, atol=1e-4)
+
+    def test_decoder_learns_its_pseudo_label(self, method, batch):
+        optimiser = torch.optim.AdamW(method.decoder.parameters(), lr=5e-3)
+        history = []
+        for _ in range(10):
+            seg = method.losses(batch, 0)["seg"]
+            optimiser.zero_grad()
+            seg.backward()
+            optimiser.step()
+            history.append(seg.item())
+        assert history[-1] < 0.6 * history[0]
+
+
+def test_names_find_their_class():
+    assert METHODS["cam"] is Cam
+    with pytest.raises(ValueError, match="method 'cams' is unknown; choose one of cam, more"):
+        build("cams", {}, 3, None)
+
+
+def test_thresholds_and_starts_have_the_released_defaults():
+    config = CamConfig()
+    assert tuple(config.ptc_thresholds) == tuple(config.label_thresholds) == (0.7, 0.25)
+    assert config.seg_start == 2001

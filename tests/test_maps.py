@@ -1,0 +1,193 @@
+import re
+
+import pytest
+import torch
+
+from wsss.maps import add_background, minmax, multi_scale, multi_scale_logits, predict, resize, three_way
+from wsss.maps import token_similarity
+
+EXACT = {"rtol": 1e-7, "atol": 1e-9}
+
+
+class StubNetwork:
+    """Returns recorded maps, one dict a call, and checks the images that each call gets."""
+
+    def __init__(self, images, scales, recorded, flip=True):
+        self.images, self.scales, self.recorded, self.flip, self.calls = images, scales, recorded, flip, 0
+
+    def __call__(self, inputs):
+        scale, maps = self.scales[self.calls], self.recorded[self.calls]
+        self.calls += 1
+        height, width = (int(scale * length) for length in self.images.shape[2:])
+        batch = self.images.shape[0]
+        assert inputs.shape == (batch * (2 if self.flip else 1), 3, height, width)
+        torch.testing.assert_close(inputs[:batch], resize(self.images, (height, width)))
+        if self.flip:
+            assert torch.equal(inputs[batch:], inputs[:batch].flip(-1))
+        return maps
+
+
+def stub_images(data, batch):
+    height, width = data["image_size"].tolist()
+    return torch.rand(batch, 3, height, width, dtype=torch.float64)
+
+
+def test_golden_more_ms_cam(golden):
+    data = golden("more_ms_cam_released")
+    scales = data["order"].tolist()
+    assert sorted(scales) == sorted(data["scales"].tolist())
+    recorded = [
+        {"cam": data[f"raw_cam_{i}"], "cam_aux": data[f"raw_cam_aux_{i}"], "class_logits": torch.zeros(1)}
+        for i in range(len(scales))
+    ]
+    images = stub_images(data, data["cam"].shape[0])
+    network = StubNetwork(images, scales, recorded)
+    maps = multi_scale(network, images, scales, relu={"cam": True, "cam_aux": True})
+    assert network.calls == len(scales)
+    assert set(maps) == {"cam", "cam_aux"}
+    for name in maps:
+        torch.testing.assert_close(maps[name], data[name], **EXACT)
+
+
+def test_golden_more_lam_multi_scale(golden):
+    data = golden("more_lam_released")
+    scales = data["order"].tolist()
+    images = stub_images(data, data["lam_single"].shape[0])
+    recorded = [
+        {"lam": token_similarity(data[f"feature_{i}"], data[f"tokens_{i}"], "dot")} for i in range(len(scales))
+    ]
+    for name, used in (("lam_single", 1), ("lam_multi", len(scales))):
+        network = StubNetwork(images, scales[:used], recorded)
+        maps = multi_scale(network, images, scales[:used], relu={"lam": False})
+        torch.testing.assert_close(maps["lam"], data[name], **EXACT)
+
+
+def test_golden_more_lam_validation_path(golden):
+    data = golden("more_lam_released")
+    batch = data["lam_single"].shape[0]
+    raw = token_similarity(data["feature_0"][:batch], data["tokens_0"][:batch], "dot")
+    torch.testing.assert_close(raw, data["score_map_raw"], **EXACT)
+    images = stub_images(data, batch)
+    network = StubNetwork(images, [1.0], [{"lam": raw}], flip=False)
+    single = multi_scale(network, images, [1.0], relu={"lam": False}, flip=False)
+    torch.testing.assert_close(single["lam"], data["score_map_image_size"], **EXACT)
+    val_size = tuple(data["val_size"].tolist())
+    score_map = minmax(resize(raw, val_size))
+    torch.testing.assert_close(score_map, data["val_score_map"], **EXACT)
+    fused = minmax(score_map * data["val_cam"])
+    torch.testing.assert_close(fused, data["val_fused"], **EXACT)
+    for dtype in (torch.float64, torch.float32):
+        assert torch.equal(predict(score_map.to(dtype), data["labels"].to(dtype), 0.5), data["val_label"])
+    assert torch.equal(predict(fused, data["labels"], 0.5), data["val_fused_label"])
+
+
+def test_golden_more_lam_published_is_the_cosine(golden):
+    data = golden("more_lam_published")
+    lam = token_similarity(data["feature_map"], data["class_tokens"], "cosine")
+    torch.testing.assert_close(lam, data["lam_cosine"], **EXACT)
+    torch.testing.assert_close(minmax(lam), data["lam_minmax"], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_more_cam_to_label(golden, dtype):
+    data = golden("more_cam_to_label_released")
+    cam, labels = data["cam"].to(dtype), data["labels"].to(dtype)
+    torch.testing.assert_close(cam * labels[:, :, None, None], data["valid_cam"].to(dtype), **EXACT)
+    bands = {key: re.fullmatch(r"label_h(\d+)_l(\d+)", key) for key in data}
+    bands = {key: [int(percent) / 100 for percent in match.groups()] for key, match in bands.items() if match}
+    assert bands
+    for key, (high, low) in bands.items():
+        assert torch.equal(three_way(cam, labels, high, low), data[key]), key
+    assert torch.equal(predict(cam, labels, 0.5), data["label_b50"])
+
+
+def test_golden_more_masks_published(golden):
+    data = golden("more_masks_published")
+    high, low = data["lambda_high"], data["lambda_low"]
+    mask = three_way(data["cam"], data["labels"], high, low, strict=True)
+    assert torch.equal(mask, data["M_a"])
+    assert torch.equal(mask.where(mask != 255, 0), data["M_c"])
+    assert torch.equal((mask == 255).long(), data["M_u"])
+    assert torch.equal(three_way(data["cam"], data["labels"], 0.5, 0.25, strict=True), data["M_a_high50_low25"])
+
+
+def test_scores_at_a_threshold():
+    cam = torch.tensor([0.8, 0.75, 0.5, 0.25, 0.2])[None, None, None]
+    label = torch.ones(1, 1)
+    assert three_way(cam, label, 0.75, 0.25).tolist() == [[[1, 255, 255, 0, 0]]]
+    assert three_way(cam, label, 0.75, 0.25, strict=True).tolist() == [[[1, 255, 255, 255, 0]]]
+    assert predict(cam, label, 0.5).tolist() == [[[1, 1, 0, 0, 0]]]
+
+
+def test_absent_classes_never_appear():
+    torch.manual_seed(0)
+    cam = torch.rand(2, 4, 9, 9)
+    labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
+    assert set(three_way(cam, labels, 0.5, 0.25)[0].unique().tolist()) <= {0, 2, 4, 255}
+    assert (three_way(cam, labels, 0.5, 0.25)[1] == 0).all()
+    assert (predict(cam, labels, 0.5)[1] == 0).all()
+
+
+def test_minmax_spans_every_map_and_survives_constant_ones():
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, 5, 7) * torch.tensor([1.0, 100.0, 0.0])[:, None, None]
+    scaled = minmax(maps)
+    assert (scaled.amin((2, 3)) == 0).all()
+    torch.testing.assert_close(scaled.amax((2, 3))[:, :2], torch.ones(2, 2), rtol=0, atol=1e-4)
+    assert (scaled[:, 2] == 0).all()
+
+
+def test_multi_scale_of_a_mirror_image_is_the_mirrored_map():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 16, 24)
+    kernel = torch.randn(4, 3, 4, 4)
+
+    def forward(inputs):
+        return {"cam": torch.nn.functional.conv2d(inputs, kernel, stride=4)}
+
+    options = {"scales": (1, 0.5), "relu": {"cam": True}}
+    straight = multi_scale(forward, images, **options)["cam"]
+    mirrored = multi_scale(forward, images.flip(-1), **options)["cam"]
+    torch.testing.assert_close(straight, mirrored.flip(-1))
+    assert not torch.allclose(straight, multi_scale(forward, images, flip=False, **options)["cam"])
+
+
+def test_multi_scale_logits_adds_the_mirror_and_takes_the_best_scale():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 8, 12)
+    scales = (1.0, 1.5)
+    logits = [torch.randn(4, 3, 2, 3), torch.randn(4, 3, 3, 4)]
+    fused = multi_scale_logits(StubNetwork(images, scales, logits), images, scales, size=(10, 14))
+    sums = [resize(x[:2], (10, 14)) + resize(x[2:].flip(-1), (10, 14)) for x in logits]
+    torch.testing.assert_close(fused, torch.stack(sums).amax(0))
+    alone = multi_scale_logits(
+        StubNetwork(images, scales, [x[:2] for x in logits], flip=False), images, scales, size=(10, 14), flip=False
+    )
+    torch.testing.assert_close(alone, torch.maximum(*[resize(x[:2], (10, 14)) for x in logits]))
+
+
+def test_add_background_is_what_the_classes_leave():
+    maps = torch.tensor([0.2, 0.7])[None, :, None, None]
+    assert add_background(maps)[0, :, 0, 0].tolist() == pytest.approx([0.3, 0.2, 0.7])
+
+
+def test_bad_input_is_named():
+    cam, images = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"labels have shape \(2, 4\).*need \(2, 3\)"):
+        three_way(cam, torch.zeros(2, 4), 0.7, 0.25)
+    with pytest.raises(ValueError, match=r"low = 0.9"):
+        three_way(cam, torch.zeros(2, 3), 0.7, 0.9)
+    with pytest.raises(ValueError, match=r"predict: maps have shape \(3, 4, 4\)"):
+        predict(cam[0], torch.zeros(3), 0.5)
+    with pytest.raises(ValueError, match=r"expected \(B, C, h, w\)"):
+        minmax(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="same B and D"):
+        token_similarity(torch.zeros(2, 8, 4, 4), torch.zeros(2, 3, 6), "dot")
+    with pytest.raises(ValueError, match='"cosine" or "dot"'):
+        token_similarity(torch.zeros(2, 8, 4, 4), torch.zeros(2, 3, 8), "euclid")
+    with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\)"):
+        multi_scale(dict, torch.zeros(3, 8, 8), [1], relu={})
+    with pytest.raises(ValueError, match="scales is empty"):
+        multi_scale(lambda x: {"cam": x}, images, [], relu={"cam": True})
+    with pytest.raises(KeyError, match='no map "lam"; this method returns cam'):
+        multi_scale(lambda x: {"cam": x}, images, [1], relu={"lam": True})

@@ -1,0 +1,232 @@
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wsss.maps import add_background, resize
+from wsss.refine import PAR, dense_crf, refine_with_background
+
+EXACT = {"rtol": 1e-7, "atol": 1e-9}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, {"rtol": 0, "atol": 1e-5})])
+def test_golden_more_par_outputs(golden, dtype, tolerance):
+    data = golden("more_par_released")
+    runs = {key: re.fullmatch(r"out_iter(\d+)(_from_low)?", key) for key in data}
+    assert sum(match is not None for match in runs.values()) == 3
+    for key, match in runs.items():
+        if match:
+            par = PAR(data["dilations"].tolist(), iterations=int(match[1]))
+            masks = data["mask_low"] if match[2] else data["mask"]
+            torch.testing.assert_close(par(data["image"].to(dtype), masks.to(dtype)), data[key].to(dtype), **tolerance)
+
+
+def test_golden_more_par_weights(golden):
+    data = golden("more_par_released")
+    par = PAR(data["dilations"].tolist())
+    torch.testing.assert_close(par.position_weight(data["image"]), data["position_weight"], **EXACT)
+    affinity = par.affinity(data["image"][:1])[0].float()
+    torch.testing.assert_close(affinity, data["affinity_first_image"], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 0.0), (torch.float32, 0.001)])
+@pytest.mark.parametrize("key", ["label", "label_high65"])
+def test_golden_more_refine_bkg(golden, key, dtype, allowed):
+    data = golden("more_refine_bkg_released")
+    high = data["high"] if key == "label" else int(key.removeprefix("label_high")) / 100
+    cams = data["valid_cam"]
+    torch.testing.assert_close(cams, data["cam"] * data["labels"][:, :, None, None], **EXACT)
+    label = refine_with_background(
+        PAR(),
+        data["image"].to(dtype),
+        cams.to(dtype),
+        data["labels"].to(dtype),
+        high,
+        data["low"],
+        data["down_scale"],
+    )
+    assert label.dtype == torch.int64
+    assert (label != data[key]).double().mean() <= allowed
+
+
+def crf_settings(data):
+    return {
+        "iterations": data["iters"],
+        "gaussian": (data["pos_w"], data["pos_xy_std"]),
+        "bilateral": (data["bi_w"], data["bi_xy_std"], data["bi_rgb_std"]),
+    }
+
+
+def test_golden_more_crf_of_class_maps(golden):
+    data = golden("more_crf_released")
+    posterior = dense_crf(data["image"], add_background(data["lam"]), **crf_settings(data))
+    torch.testing.assert_close(posterior, data["lam_posterior"], rtol=0, atol=1e-3)
+    classes = F.pad(data["keys"] + 1, (1, 0))
+    assert (classes[posterior.argmax(0)] == data["lam_label"]).double().mean() >= 0.995
+
+
+def test_golden_more_crf_of_the_decoder(golden):
+    data = golden("more_crf_released")
+    posterior = dense_crf(data["image"].numpy(), data["seg_logits"].softmax(0).numpy(), **crf_settings(data))
+    torch.testing.assert_close(posterior, data["seg_posterior"], rtol=0, atol=1e-3)
+    assert (posterior.argmax(0) == data["seg_label"]).double().mean() >= 0.995
+
+
+def par_by_loops(image, mask, dilations, iterations):
+    """PAR of one image, one pixel and one neighbour at a time: image (3, H, W), mask (M, H, W)."""
+    height, width = image.shape[1:]
+    offsets = [(d * dy, d * dx) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+    distance = torch.tensor([math.sqrt(dy**2 + dx**2) for dy, dx in offsets], dtype=image.dtype)
+    position = torch.softmax(-((distance / (distance.std() + 1e-8) / 0.3) ** 2), 0)
+
+    def around(values, y, x):
+        return torch.stack(
+            [values[:, min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)] for dy, dx in offsets]
+        )
+
+    weights = {}
+    for y in range(height):
+        for x in range(width):
+            neighbours = around(image, y, x)
+            ratio = (neighbours - image[:, y, x]) / (neighbours.std(0) + 1e-8) / 0.3
+            weights[y, x] = torch.softmax(-(ratio**2).mean(1), 0) + 0.01 * position
+    for _ in range(iterations):
+        mask = torch.stack(
+            [torch.stack([weights[y, x] @ around(mask, y, x) for x in range(width)], 1) for y in range(height)], 1
+        )
+    return mask
+
+
+def test_par_equals_plain_loops_also_where_dilations_exceed_the_image():
+    torch.manual_seed(0)
+    images, masks = torch.rand(2, 3, 5, 6, dtype=torch.float64), torch.rand(2, 2, 5, 6, dtype=torch.float64)
+    images[1, :, :3] = 0.5
+    refined = PAR((1, 3, 8), iterations=2)(images, masks)
+    for image, mask, ours in zip(images, masks, refined, strict=True):
+        torch.testing.assert_close(ours, par_by_loops(image, mask, (1, 3, 8), 2), **EXACT)
+
+
+def test_par_mass_colour_units_and_inputs():
+    torch.manual_seed(0)
+    images, masks = torch.rand(1, 3, 12, 9), torch.rand(1, 2, 12, 9)
+    before = masks.clone()
+    par = PAR((1, 2), iterations=4)
+    refined = par(images, masks)
+    assert torch.equal(masks, before)
+    torch.testing.assert_close(par(255 * images, masks), refined)
+    torch.testing.assert_close(par(images, torch.ones(1, 1, 12, 9)), torch.full((1, 1, 12, 9), 1.01**4))
+    assert torch.equal(PAR((1, 2), iterations=0)(images, masks), masks)
+
+
+def test_par_gradient_reaches_the_masks():
+    torch.manual_seed(0)
+    images, masks = torch.rand(1, 3, 4, 5, dtype=torch.float64), torch.rand(1, 2, 4, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda leaf: PAR((1, 2), iterations=2)(images, leaf), masks.requires_grad_())
+
+
+def refine_by_loops(par, image, cam, label, high, low, down_scale):
+    """The same for one image (3, H, W), one background score at a time, with its own classes only."""
+    size = image.shape[1:]
+    small = [length // down_scale for length in size]
+    classes = torch.cat([torch.zeros(1, dtype=torch.long), label.nonzero()[:, 0] + 1])
+    maps = []
+    for background in (high, low):
+        scores = torch.cat([torch.full((1, *size), background), cam[label > 0]])[None]
+        refined = par(resize(image[None], small), resize(scores, small).softmax(1))
+        maps.append(classes[resize(refined, size).argmax(1)[0]])
+    result = maps[0].clone()
+    result[maps[0] == 0] = 255
+    result[(maps[0] == 0) & (maps[1] == 0)] = 0
+    return result
+
+
+def test_refinement_of_a_batch_equals_that_of_each_image_alone():
+    torch.manual_seed(0)
+    par = PAR((1, 2, 4), iterations=3)
+    images, cams = torch.rand(4, 3, 20, 26), torch.rand(4, 6, 20, 26)
+    labels = torch.tensor(
+        [[0, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]], dtype=torch.float32
+    )
+    batch = refine_with_background(par, images, cams, labels, 0.7, 0.25)
+    assert set(batch.unique().tolist()) >= {0, 1, 2, 6, 255}
+    for i in range(4):
+        assert torch.equal(batch[i], refine_by_loops(par, images[i], cams[i], labels[i], 0.7, 0.25, 2)), i
+    assert (batch[2] == 0).all()
+    assert (refine_with_background(par, images[2:3], cams[2:3], labels[2:3], 0.7, 0.25) == 0).all()
+
+
+def test_crf_without_pairwise_terms_normalises_the_probabilities():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    probabilities = rng.uniform(0.1, 1, (3, 6, 7)).astype(np.float32)
+    posterior = dense_crf(image, probabilities, iterations=3, gaussian=(0, 1), bilateral=(0, 10, 5))
+    expected = torch.from_numpy(probabilities / probabilities.sum(0))
+    torch.testing.assert_close(posterior, expected, rtol=0, atol=1e-5)
+
+
+def mean_field(image, probabilities, iterations, gaussian, bilateral):
+    """Dense CRF with exact kernels, symmetrically normalised; probabilities (K, H, W)."""
+    classes, height, width = probabilities.shape
+    y, x = np.mgrid[:height, :width]
+    position = np.stack([y, x], -1).reshape(-1, 2).astype(float)
+    colour = image.reshape(-1, 3).astype(float)
+    appearance = np.concatenate([position / bilateral[1], colour / bilateral[2]], 1)
+    pairwise = np.zeros((height * width,) * 2)
+    for features, weight in ((position / gaussian[1], gaussian[0]), (appearance, bilateral[0])):
+        kernel = np.exp(-((features[:, None] - features) ** 2).sum(-1) / 2)
+        norm = 1 / np.sqrt(kernel.sum(1))
+        pairwise += weight * norm[:, None] * kernel * norm
+    unary = np.log(probabilities.clip(1e-5, 1)).reshape(classes, -1)
+    posterior = torch.from_numpy(unary).softmax(0).numpy()
+    for _ in range(iterations):
+        posterior = torch.from_numpy(unary + posterior @ pairwise).softmax(0).numpy()
+    return posterior.reshape(classes, height, width)
+
+
+def test_crf_follows_the_exact_mean_field():
+    # pydensecrf filters approximately, so only labels are compared, on an image of two areas with wrong pixels.
+    rng = np.random.default_rng(0)
+    image = np.full((16, 16, 3), 60, np.uint8)
+    image[:, 8:] = (200, 120, 40)
+    image += rng.integers(0, 6, image.shape, dtype=np.uint8)
+    truth = np.zeros((16, 16), int)
+    truth[:, 8:] = 1
+    wrong = rng.random((16, 16)) < 0.15
+    foreground = np.where(truth ^ wrong, 0.7, 0.3)
+    probabilities = np.stack([1 - foreground, foreground])
+    settings = {"iterations": 10, "gaussian": (3, 1), "bilateral": (4, 67, 3)}
+    exact = mean_field(image, probabilities, **settings).argmax(0)
+    ours = dense_crf(image, probabilities, **settings).argmax(0).numpy()
+    assert (probabilities.argmax(0) != truth).mean() > 0.1
+    assert (ours == exact).mean() >= 0.99
+    assert (ours == truth).mean() >= 0.99
+
+
+def test_a_missing_pydensecrf_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
+    with pytest.raises(ImportError, match="pip install .*pydensecrf==1.0rc3"):
+        dense_crf(np.zeros((4, 4, 3), np.uint8), np.full((2, 4, 4), 0.5))
+
+
+def test_bad_input_is_named():
+    images, cams, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 8, 8), torch.zeros(2, 5)
+    with pytest.raises(ValueError, match="dilations"):
+        PAR(dilations=())
+    with pytest.raises(ValueError, match="iterations"):
+        PAR(iterations=-1)
+    with pytest.raises(ValueError, match=r"masks \(5, 8, 8\)"):
+        PAR()(images, cams[0])
+    with pytest.raises(ValueError, match=r"labels have shape \(2, 4\)"):
+        refine_with_background(PAR(), images, cams, labels[:, :4], 0.7, 0.25)
+    with pytest.raises(ValueError, match="resize the cams"):
+        refine_with_background(PAR(), images[..., :4], cams, labels, 0.7, 0.25)
+    with pytest.raises(ValueError, match="cannot be reduced by 9"):
+        refine_with_background(PAR(), images, cams, labels, 0.7, 0.25, down_scale=9)
+    with pytest.raises(ValueError, match=r"expected uint8 \(H, W, 3\)"):
+        dense_crf(torch.zeros(8, 8, 3), torch.full((2, 8, 8), 0.5))
+    with pytest.raises(ValueError, match=r"expected \(K, H, W\) with the image's H and W, \(8, 8\)"):
+        dense_crf(torch.zeros(8, 8, 3, dtype=torch.uint8), torch.full((2, 4, 4), 0.5))

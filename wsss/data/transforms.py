@@ -1,0 +1,137 @@
+"""From uint8 RGB images to what a network sees: normalisation, augmentation, evaluation size."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+MEAN = (0.485, 0.456, 0.406)  # RGB mean and standard deviation of ImageNet, for values in 0..1
+STD = (0.229, 0.224, 0.225)
+CROP_MODES = ("resize", "shrink")
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Subtract the ImageNet mean and divide by the standard deviation.
+
+    Args:
+        image: uint8 (..., 3, H, W), RGB 0..255.
+
+    Returns:
+        float32 of the same shape.
+
+    Raises:
+        TypeError: the image is not uint8 (it may have been scaled or normalised already).
+    """
+    if image.dtype != torch.uint8:
+        raise TypeError(f"normalise: image is {image.dtype}; pass uint8 RGB values 0..255, not yet scaled")
+    mean, std = _statistics(torch.float32, image.device)
+    return (image.float() / 255 - mean) / std
+
+
+def denormalise(image: Tensor) -> Tensor:
+    """Undo `normalise`.
+
+    Args:
+        image: float (..., 3, H, W), normalised.
+
+    Returns:
+        RGB 0..255 of the same shape and type, neither rounded nor clamped: round before a conversion to uint8.
+    """
+    mean, std = _statistics(image.dtype, image.device)
+    return (image * std + mean) * 255
+
+
+def _statistics(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([MEAN, STD], dtype=dtype, device=device)[..., None, None]
+
+
+def resize_for_evaluation(image: Tensor, size: int | None) -> Tensor:
+    """Prepare one image for evaluation: normalise, then squash to a square as the released MoRe evaluation does.
+
+    The normalised tensor is resized bilinearly (align_corners False, no antialias), so that a network's scores for it
+    equal those of code that resizes inside its validation loop. The aspect ratio is lost.
+
+    Args:
+        image: uint8 (3, H, W).
+        size: side of the square in pixels, or None to keep (H, W).
+
+    Returns:
+        float32 (3, size, size), or (3, H, W) where `size` is None.
+    """
+    image = normalise(image)
+    if size is None:
+        return image
+    return F.interpolate(image[None], size=(size, size), mode="bilinear", align_corners=False)[0]
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random augmentation of one training image; draws from the global generator of torch, in the calling process.
+
+    `crop_mode` "resize" (MoRe on VOC): random resized crop (bicubic, antialiased), flip, colour jitter, normalise.
+    `crop_mode` "shrink" (MoRe on COCO): colour jitter, rescale (bilinear, antialiased), flip, random place on a black
+    canvas of at least the crop size, random crop, normalise. Black is added before normalisation: the padding counts
+    as image.
+
+    Attributes:
+        crop: side of the square result in pixels.
+        scale: "resize": range of the cropped share of the image area; "shrink": range of the factor on both sides.
+        ratio: "resize": range of the aspect ratio (width / height) of the cropped region; not used by "shrink".
+        jitter: largest relative change of brightness, contrast and saturation, and shift of the hue (share of the
+            colour circle, at most 0.5).
+        jitter_probability: how often the colour jitter is applied. The flip has probability 0.5.
+        crop_mode: one of `CROP_MODES`.
+
+    Raises:
+        ValueError: an unknown `crop_mode`, or a range that is empty or not positive.
+    """
+
+    crop: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    jitter: tuple[float, float, float, float]
+    jitter_probability: float
+    crop_mode: str = "resize"
+
+    def __post_init__(self):
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"crop_mode {self.crop_mode!r} is unknown; choose one of {', '.join(CROP_MODES)}")
+        if self.crop < 1:
+            raise ValueError(f"crop is {self.crop}; give a side of at least 1 pixel")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is ({low}, {high}); give the smaller value first, both above 0")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Augment `image`, uint8 (3, H, W), to normalised float32 (3, crop, crop)."""
+        if image.dtype != torch.uint8 or image.ndim != 3:
+            shape = tuple(image.shape)
+            raise TypeError(f"TrainTransform: image is {image.dtype} {shape}; pass one uint8 image (3, H, W)")
+        return normalise(self._augment(image))
+
+    @cached_property
+    def _augment(self) -> v2.Compose:
+        jitter = v2.RandomApply([v2.ColorJitter(*self.jitter)], p=self.jitter_probability)
+        flip = v2.RandomHorizontalFlip(0.5)
+        if self.crop_mode == "shrink":
+            return v2.Compose([jitter, self._shrink, flip, self._place, v2.RandomCrop(self.crop)])
+        bicubic = v2.InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(self.crop, self.scale, self.ratio, interpolation=bicubic, antialias=True)
+        return v2.Compose([crop, flip, jitter])
+
+    def _shrink(self, image: Tensor) -> Tensor:
+        factor = torch.empty(()).uniform_(*self.scale).item()
+        size = [max(1, int(factor * side)) for side in image.shape[-2:]]
+        return v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
+
+    def _place(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        canvas = image.new_zeros(3, max(height, self.crop), max(width, self.crop))
+        top = int(torch.randint(canvas.shape[-2] - height + 1, ()))
+        left = int(torch.randint(canvas.shape[-1] - width + 1, ()))
+        canvas[:, top : top + height, left : left + width] = image
+        return canvas

@@ -1,0 +1,445 @@
+"""recipe x dataset x seed -> a run: trained, scored, and kept in a folder named by its content.
+
+`Experiment` says what is to be run. `run_all` trains what is missing and returns the records, `load_records` only reads
+them. A run's folder holds `record.json` (recipe, seed, versions, machine, history, metrics) and `state.json`, which is
+written last; weights (`checkpoint.pt`) lie beside them and are not committed.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import subprocess
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from wsss import methods
+from wsss.backbones.vit import TINY, TINY_WEIGHTS, MultiTokenViT
+from wsss.data import Sample, load_dataset
+from wsss.evaluation import EvalConfig, Request, evaluate
+from wsss.files import write_json
+from wsss.representations import describe_tokens
+from wsss.metrics import Scores
+from wsss.training import TrainConfig, train
+
+RECIPES = Path(__file__).parent / "recipes"
+VARIANTS = ("published", "released")
+RECIPE_DATASETS = {"embedded": "embedded", "voc2012": "voc2012", "voc2012-cpu": "voc2012", "coco2014": "coco2014"}
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The fields of a recipe that build the backbone; see `MultiTokenViT`."""
+
+    backbone: str
+    registers: int
+    token_init: str
+    pos_resize: str
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+@lru_cache
+def _layers(method: str) -> dict:
+    path = RECIPES / f"{method}.toml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        raise ValueError(f"{path.name}: there is no recipe for the method {method!r}; known: {known}")
+    return tomllib.loads(path.read_text())
+
+
+def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
+    """Every number of a recipe with the place it comes from: name -> {"value", "source"}.
+
+    The layers of the TOML file are laid over each other: base, variant, dataset, variant of the dataset.
+
+    Raises:
+        ValueError: unknown variant or dataset, a field that no config knows, or one that is missing.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
+    layers = _layers(method)
+    if dataset not in layers["dataset"]:
+        raise ValueError(f"{method}.toml has no recipe for {dataset!r}; it has {', '.join(layers['dataset'])}")
+    own = layers["dataset"][dataset]
+    entries = dict(layers["base"])
+    for layer in (layers.get("variant", {}).get(variant, {}), own, own.get("variant", {}).get(variant, {})):
+        entries |= {name: entry for name, entry in layer.items() if name != "variant"}
+    known = _field_names(method)
+    for name, entry in entries.items():
+        _require_known(name, known, f"{method}.toml")
+        if set(entry) != {"value", "source"}:
+            raise ValueError(f"{method}.toml: {name} needs exactly `value` and `source`, not {sorted(entry)}")
+    missing = sorted(known - set(entries))
+    if missing:
+        raise ValueError(f"{method}.toml [{dataset}, {variant}]: missing {', '.join(missing)}")
+    return {name: entries[name] for name in sorted(entries)}
+
+
+def _configs(method: str) -> tuple[type, ...]:
+    return BackboneConfig, TrainConfig, EvalConfig, methods.find(method).Config
+
+
+def _field_names(method: str) -> set[str]:
+    return {f.name for config in _configs(method) for f in fields(config)} - {"variant"}
+
+
+def _require_known(name: str, known: set[str], where: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(sorted(known))}"
+        raise ValueError(f"{where}: unknown recipe field `{name}`; {hint}")
+
+
+def recipe_table(method: str, dataset: str) -> pd.DataFrame:
+    """Both variants of a recipe side by side: field | published | released | source."""
+    both = {variant: recipe_entries(method, variant, dataset) for variant in VARIANTS}
+    rows = []
+    for name in both["published"]:
+        a, b = (both[variant][name] for variant in VARIANTS)
+        source = a["source"] if a == b else f"published: {a['source']}; released: {b['source']}"
+        rows.append({"field": name, "published": str(a["value"]), "released": str(b["value"]), "source": source})
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run to be: a method in a variant, on a dataset's recipe, with a seed.
+
+    Attributes:
+        dataset: name of a recipe: "embedded", "voc2012", "voc2012-cpu" (real photographs, tiny backbone) or "coco2014".
+        arm: label of the table row, for example "w/o L_cre"; not part of the content.
+        overrides: (field, value) pairs laid over the recipe.
+    """
+
+    method: str
+    variant: str
+    dataset: str
+    seed: int
+    arm: str = "full"
+    overrides: tuple[tuple[str, object], ...] = ()
+
+    def recipe(self) -> dict[str, object]:
+        """Flat recipe: field -> value.
+
+        Raises:
+            ValueError: an override names an unknown field or has another type than the recipe's value.
+        """
+        recipe = {name: entry["value"] for name, entry in recipe_entries(self.method, self.variant, self.dataset).items()}
+        for name, value in self.overrides:
+            _require_known(name, set(recipe), "overrides")
+            old = recipe[name]
+            numbers = isinstance(old, int | float) and isinstance(value, int | float)
+            if isinstance(old, bool) != isinstance(value, bool) or not (numbers or isinstance(value, type(old))):
+                raise ValueError(f"overrides: {name} = {value!r} has the wrong type; the recipe has {old!r}")
+            recipe[name] = value
+        return recipe
+
+    @property
+    def key(self) -> str:
+        """Eight hexadecimal digits of the content: method, variant, dataset, seed, recipe and tiny weights."""
+        recipe = self.recipe()
+        content = [self.method, self.variant, self.dataset, self.seed, recipe]
+        if recipe["backbone"] == TINY:
+            content.append(hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest())
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def name(self) -> str:
+        """method.variant_backbone_crop_batch-steps_dataset_seed-key, the name of folder, row and checkpoint."""
+        r = self.recipe()
+        size = f"{r['crop']}_b{r['batch_size']}-{r['steps']}"
+        return f"{self.method}.{self.variant}_{r['backbone']}_{size}_{self.dataset}_s{self.seed}-{self.key}"
+
+    def config(self, cls: type):
+        """The recipe's share of a config dataclass."""
+        recipe = self.recipe() | {"variant": self.variant}
+        values = {f.name: recipe[f.name] for f in fields(cls)}
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    def build(self, num_classes: int, pretrained: bool = True) -> nn.Module:
+        """The method with its backbone, ready to train; draws from the global generator, so seed it first."""
+        cls, b, crop = methods.find(self.method), self.config(BackboneConfig), self.recipe()["crop"]
+        vit = MultiTokenViT(
+            b.backbone, cls.class_tokens(num_classes), b.registers, crop, b.token_init, b.pos_resize, pretrained
+        )
+        return cls(self.config(cls.Config), num_classes, vit)
+
+
+def seeds(experiment: dict, count: int) -> list[Experiment]:
+    """The same experiment with seeds 0 .. count-1."""
+    return [Experiment(**experiment, seed=seed) for seed in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------- records
+
+
+@dataclass
+class Record:
+    """What is kept of a finished run; the content of `record.json`.
+
+    Attributes:
+        metrics: "<split>/<protocol>/<map>" -> {"miou", "precision", ... (fractions), "iou": per class, ...}.
+        tokens: what `describe_tokens` says, or {} for a method without class tokens.
+    """
+
+    name: str
+    method: str
+    variant: str
+    dataset: str
+    identity: str
+    classes: list[str]
+    seed: int
+    arm: str
+    key: str
+    recipe: dict
+    environment: dict
+    history: list[dict]
+    metrics: dict[str, dict]
+    tokens: dict
+    wall_seconds: float
+    peak_memory_mb: float
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record":
+        """Read the record of a finished run.
+
+        Raises:
+            FileNotFoundError: the run is not `done`; the message says its state and how to get it.
+        """
+        state = read_state(folder)["state"]
+        if state != "done":
+            raise FileNotFoundError(
+                f"{folder}: this run is {state}, not done. Train it with `make reproduce`, "
+                "or set the notebook's parameter `retrain = True`"
+            )
+        return cls(**json.loads((folder / "record.json").read_text()))
+
+
+def read_state(folder: Path) -> dict:
+    """A run's true state: absent, running, failed (with `error`), killed, or done."""
+    path = folder / "state.json"
+    if not path.exists():
+        return {"state": "absent"}
+    state = json.loads(path.read_text())
+    if state["state"] == "running" and not _alive(state["pid"]):
+        state["state"] = "killed"
+    return state
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def load_records(experiments: Sequence[Experiment], runs: Path) -> list[Record]:
+    """Records of finished runs, in order; see `Record.read` for the error when one is missing."""
+    return [_labelled(Record.read(Path(runs) / e.name), e) for e in experiments]
+
+
+def _labelled(record: Record, experiment: Experiment) -> Record:
+    record.arm = experiment.arm  # two tables may call one run by different names
+    return record
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, commit and machine of this process."""
+    git = lambda *words: subprocess.run(
+        ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine())
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "commit": git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no", "--", "../wsss")),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu}, {os.cpu_count()} cores",
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(experiment: Experiment, runs: Path, data_root: str | None = None, progress: bool = True) -> Record:
+    """Train and score one experiment, or return its record when it is done; goes on where a killed run stopped.
+
+    On a CPU every run uses one thread, so that its bits do not depend on how many run side by side.
+    """
+    folder = Path(runs) / experiment.name
+    with _lock(folder):
+        if read_state(folder)["state"] == "done":
+            return _labelled(Record.read(folder), experiment)
+        write_json(folder / "state.json", {"state": "running", "pid": os.getpid()})
+        try:
+            record = _run(experiment, folder, data_root, progress)
+        except BaseException as error:
+            write_json(folder / "state.json", {"state": "failed", "error": f"{type(error).__name__}: {error}"})
+            raise
+        write_json(folder / "record.json", asdict(record))
+        write_json(folder / "state.json", {"state": "done"})
+    return record
+
+
+def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: bool) -> Record:
+    start = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    torch.manual_seed(experiment.seed)
+    np.random.seed(experiment.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    source = RECIPE_DATASETS[experiment.dataset]
+    dataset = cached_dataset(source, TRAIN_SPLIT[source], data_root)
+    method = experiment.build(len(dataset.classes))
+    config = experiment.config(TrainConfig)
+    workers = 0 if source == "embedded" else min(4, os.cpu_count() or 1)
+    history = train(
+        method, dataset, config, experiment.seed, folder / "checkpoint.pt", experiment.name, device, workers, progress
+    )
+    metrics, tokens = score(experiment, method, data_root, device, progress)
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_memory_mb()
+    return Record(
+        experiment.name,
+        experiment.method,
+        experiment.variant,
+        experiment.dataset,
+        dataset.identity,
+        list(dataset.classes),
+        experiment.seed,
+        experiment.arm,
+        experiment.key,
+        experiment.recipe(),
+        environment(device),
+        history,
+        metrics,
+        tokens,
+        round(time.perf_counter() - start, 1),
+        round(memory),
+    )
+
+
+TRAIN_SPLIT = {"embedded": "train", "voc2012": "train_aug"}
+
+
+def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Request]]]:
+    """What is scored after training: (split, number of images or all, requests).
+
+    Seeds and pseudo masks are scored on training images with their image labels; everything else without labels.
+    """
+    config, maps = experiment.config(EvalConfig), methods.find(experiment.method).map_names
+    main = [name for name in ("cam", "lam") if name in maps]
+    given = [Request("maps-given-labels", name) for name in maps]
+    given += [Request("maps-given-labels", name, crf=True) for name in main]
+    predicted = [Request("decoder"), *(Request("maps-predicted-labels", name) for name in main)]
+    if config.decoder_crf:
+        predicted.append(Request("decoder", crf=True))
+    train = ("train", config.train_images or None, given)
+    if RECIPE_DATASETS[experiment.dataset] == "embedded":
+        return [train, ("test", None, predicted), ("test_broken", None, [Request("decoder")])]
+    return [train, ("val", None, predicted)]
+
+
+def score(experiment, method, data_root, device, progress) -> tuple[dict[str, dict], dict]:
+    """Metrics of a trained method by "<split>/<protocol>/<map>", and the description of its class tokens."""
+    source, config, metrics = RECIPE_DATASETS[experiment.dataset], experiment.config(EvalConfig), {}
+    for split, images, requests in score_plan(experiment):
+        dataset = cached_dataset(source, split, data_root)
+        for key, scores in evaluate(method, dataset, requests, config, device, images, progress=progress).items():
+            metrics[f"{split}/{key}"] = _plain(scores)
+    tokens = {}
+    if source == "embedded" and hasattr(method, "tokens"):
+        tokens = describe_tokens(method, cached_dataset(source, "train", data_root), 200, device)
+    return metrics, tokens
+
+
+def _plain(scores: Scores) -> dict:
+    """Scores as numbers that JSON keeps; undefined ones as None."""
+    plain = {}
+    for name, value in asdict(scores).items():
+        values = value.tolist() if isinstance(value, torch.Tensor) else value
+        tidy = lambda v: v if isinstance(v, bool) else (round(v, 6) if np.isfinite(v) else None)
+        plain[name] = [tidy(v) for v in values] if isinstance(values, list) else tidy(values)
+    return plain
+
+
+@lru_cache(maxsize=8)
+def cached_dataset(name: str, split: str, root: str | None) -> Dataset[Sample]:
+    """A split of a dataset, opened once per process."""
+    return load_dataset(name, split, root)
+
+
+def _peak_memory_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that two notebooks that need one run train it once; freed by the system after a kill."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "w")
+    except OSError as error:
+        raise PermissionError(
+            f"{folder}: cannot write run folders here ({error.strerror}); make it writable or choose another `out`"
+        ) from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def run_all(
+    experiments: Sequence[Experiment], runs: Path, workers: int = 1, data_root: str | None = None, progress: bool = True
+) -> list[Record]:
+    """Train what is not done, `workers` runs side by side in processes of their own, and return all records in order.
+
+    Raises:
+        RuntimeError: a run failed; the message names it and its error. The others are finished first.
+    """
+    done, failures = {}, []
+    bar = tqdm(total=len(experiments), desc="runs", unit="run", disable=not progress)
+    missing = [e for e in experiments if read_state(Path(runs) / e.name)["state"] != "done"]
+    bar.update(len(experiments) - len(missing))
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+            futures = {pool.submit(run, e, runs, data_root, False): e for e in missing}
+            for future in as_completed(futures):
+                error = future.exception()
+                if error:
+                    failures.append(f"{futures[future].name}: {type(error).__name__}: {error}")
+                bar.update()
+    bar.close()
+    if failures:
+        raise RuntimeError("\n".join(["runs failed:", *failures]))
+    return load_records(experiments, runs)

@@ -1,0 +1,238 @@
+"""The one loop that trains every method.
+
+A run is a pure function of (method, data, recipe, seed): the order of the images follows from the seed, every random
+crop from (seed, step, place in the batch), and a checkpoint holds everything else, so that a run that was killed goes
+on with the same bits as one that was not.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from wsss.data.transforms import TrainTransform
+from wsss.files import write_atomic
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation and augmentation: the same fields for every method.
+
+    Attributes:
+        crop: side of the training crop in pixels.
+        batch_size: images in one optimiser step, in total.
+        steps: optimiser steps.
+        lr: base rate of AdamW, used for the backbone.
+        head_lr_multiplier: rate of all other parameters, as a multiple of `lr`.
+        weight_decay: of every parameter.
+        warmup_steps: steps of linear warm-up.
+        warmup_ratio: share of the rate at step 0.
+        poly_power: exponent of the polynomial decay.
+        clip_norm: largest norm of the gradient; 0 switches clipping off.
+        precision: "fp32", "bf16" or "fp16" (mixed).
+        crop_mode, crop_scale, crop_ratio, jitter, jitter_probability: see `TrainTransform`.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    crop: int
+    batch_size: int
+    steps: int
+    lr: float
+    head_lr_multiplier: float
+    weight_decay: float
+    warmup_steps: int
+    warmup_ratio: float
+    poly_power: float
+    clip_norm: float
+    precision: str
+    crop_mode: str
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    jitter: tuple[float, float, float, float]
+    jitter_probability: float
+    checkpoint_every: int
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"recipe field precision = {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        for field in ("crop", "batch_size", "steps", "checkpoint_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"recipe field {field} = {getattr(self, field)} must be at least 1")
+
+    def transform(self) -> TrainTransform:
+        return TrainTransform(
+            self.crop, self.crop_scale, self.crop_ratio, self.jitter, self.jitter_probability, self.crop_mode
+        )
+
+
+def rate_factor(step: int, config: TrainConfig) -> float:
+    """Learning rate in optimiser step `step` (from 0) as a share of the base rate.
+
+    Linear warm-up, then polynomial decay counted from step 0, so that the factor drops a little where warm-up ends
+    (as the released codes of MoRe and SeCo have it). Steps beyond the last keep its value.
+    """
+    if step < config.warmup_steps:
+        return 1 - (1 - step / config.warmup_steps) * (1 - config.warmup_ratio)
+    return (1 - min(step, config.steps - 1) / config.steps) ** config.poly_power
+
+
+class _Augmented(Dataset):
+    """Training view of a dataset: an item is asked for by (index, seed of its random crop)."""
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor]):
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, request: tuple[int, int]) -> dict[str, Tensor]:
+        index, seed = request
+        sample = self.dataset[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return {"image": self.transform(sample.image), "label": sample.label}
+
+
+def batches(images: int, config: TrainConfig, seed: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
+    """Requests (index, crop seed) of every batch from `first_step` on; epochs follow each other without a gap."""
+    epoch, order = -1, None
+    for step in range(first_step, config.steps):
+        requests = []
+        for place in range(step * config.batch_size, (step + 1) * config.batch_size):
+            if place // images != epoch:
+                epoch = place // images
+                order = np.random.default_rng([seed, epoch]).permutation(images)
+            crop_seed = int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
+            requests.append((int(order[place % images]), crop_seed))
+        yield requests
+
+
+def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict]:
+    """The backbone at the base rate, everything else at `head_lr_multiplier` times it."""
+    backbone = list(method.backbone.parameters())
+    known = {id(parameter) for parameter in backbone}
+    heads = [p for p in method.parameters() if p.requires_grad and id(p) not in known]
+    return [
+        {"params": [p for p in backbone if p.requires_grad], "base_lr": config.lr},
+        {"params": heads, "base_lr": config.lr * config.head_lr_multiplier},
+    ]
+
+
+def train(
+    method: nn.Module,
+    dataset: Dataset,
+    config: TrainConfig,
+    seed: int,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train `method` in place for `config.steps` steps, or for what is left of them after its checkpoint.
+
+    Args:
+        checkpoint: file to go on from when it exists and to write to; None trains without one.
+        identity: name of the run; a checkpoint of another run is refused.
+
+    Returns:
+        History: one dict for about every fiftieth of the run with `step`, `lr`, `loss` and every term's mean.
+    """
+    method.to(device).train()
+    groups = parameter_groups(method, config)
+    optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
+    dtype, device = PRECISIONS[config.precision], torch.device(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    first, history, recent = 0, [], []
+    if checkpoint and checkpoint.exists():
+        first, history, recent = _restore(checkpoint, identity, method, optimizer, scaler)
+    loader = DataLoader(
+        _Augmented(dataset, config.transform()),
+        batch_sampler=batches(len(dataset), config, seed, first),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    every = max(1, config.steps // 50)
+    bar = tqdm(loader, total=config.steps, initial=first, desc=identity, unit="step", disable=not progress)
+    for step, batch in enumerate(bar, start=first):
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate_factor(step, config)
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            terms = method.losses(batch, step)
+            loss = sum(terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        if config.clip_norm:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(method.parameters(), config.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        recent.append({"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}})
+        if (step + 1) % every == 0 or step + 1 == config.steps:
+            history.append(_average(step + 1, optimizer.param_groups[0]["lr"], recent))
+            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
+            recent = []
+        if checkpoint and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+            _save(checkpoint, identity, method, optimizer, scaler, step + 1, history, recent)
+    return history
+
+
+def _average(step: int, lr: float, recent: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Mean of every term over the steps in which it was on."""
+    names = dict.fromkeys(name for terms in recent for name in terms)
+    means = {name: torch.stack([t[name].float() for t in recent if name in t]).mean().item() for name in names}
+    if not np.isfinite(means["loss"]):
+        raise FloatingPointError(f"the loss is {means['loss']} before step {step}: {means}; lower `lr` or set `clip_norm`")
+    return {"step": step, "lr": lr, **means}
+
+
+def _save(path, identity, method, optimizer, scaler, step, history, recent) -> None:
+    state = {
+        "identity": identity,
+        "step": step,
+        "method": method.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "history": history,
+        "recent": recent,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, identity: str) -> dict:
+    """Read a checkpoint of the run `identity`.
+
+    Raises:
+        ValueError: it belongs to another run or cannot be read; the message names both and the remedy.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error}); remove it to train anew") from error
+    if state.get("identity") != identity:
+        raise ValueError(
+            f"{path}: this checkpoint is of the run {state.get('identity')!r}, not of {identity!r}; "
+            "point to the right folder, or remove the file to train anew"
+        )
+    return state
+
+
+def _restore(path, identity, method, optimizer, scaler) -> tuple[int, list, list]:
+    state = load_checkpoint(path, identity)
+    method.load_state_dict(state["method"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["step"], state["history"], state["recent"]
