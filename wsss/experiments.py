@@ -19,7 +19,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -135,7 +135,7 @@ class Experiment:
     method: str
     variant: str
     dataset: str
-    seed: int
+    seed: int = 0
     arm: str = "full"
     overrides: tuple[tuple[str, object], ...] = ()
 
@@ -186,9 +186,14 @@ class Experiment:
         return cls(self.config(cls.Config), num_classes, vit)
 
 
-def seeds(experiment: dict, count: int) -> list[Experiment]:
-    """The same experiment with seeds 0 .. count-1."""
-    return [Experiment(**experiment, seed=seed) for seed in range(count)]
+def with_seeds(experiments: Sequence[Experiment], count: int) -> list[Experiment]:
+    """Every experiment with each of the seeds 0 .. count-1."""
+    return [replace(experiment, seed=seed) for experiment in experiments for seed in range(count)]
+
+
+def recipe_for(dataset: str) -> str:
+    """The recipe that this machine can train for a dataset: the papers' scale where there is a GPU, else a small one."""
+    return "voc2012-cpu" if dataset == "voc2012" and not torch.cuda.is_available() else dataset
 
 
 # ---------------------------------------------------------------------------------------------------------- records
@@ -312,21 +317,26 @@ def run(experiment: Experiment, runs: Path, data_root: str | None = None, progre
     return record
 
 
-def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: bool) -> Record:
-    start = time.perf_counter()
+def train_experiment(
+    experiment: Experiment, data_root: str | None = None, checkpoint: Path | None = None, progress: bool = True
+) -> tuple[nn.Module, Dataset[Sample], list[dict]]:
+    """Build and train the method of an experiment; returns it with its training data and its history."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     torch.manual_seed(experiment.seed)
-    np.random.seed(experiment.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     source = RECIPE_DATASETS[experiment.dataset]
-    dataset = cached_dataset(source, TRAIN_SPLIT[source], data_root)
+    dataset = cached_dataset(source, TRAIN_SPLIT[source], data_root or None)
     method = experiment.build(len(dataset.classes))
-    config = experiment.config(TrainConfig)
-    workers = 0 if source == "embedded" else min(4, os.cpu_count() or 1)
-    history = train(
-        method, dataset, config, experiment.seed, folder / "checkpoint.pt", experiment.name, device, workers, progress
-    )
+    config, workers = experiment.config(TrainConfig), 0 if source == "embedded" else min(4, os.cpu_count() or 1)
+    history = train(method, dataset, config, experiment.seed, checkpoint, experiment.name, device, workers, progress)
+    return method, dataset, history
+
+
+def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: bool) -> Record:
+    start = time.perf_counter()
+    method, dataset, history = train_experiment(experiment, data_root, folder / "checkpoint.pt", progress)
+    device = next(method.parameters()).device
     metrics, tokens = score(experiment, method, data_root, device, progress)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_memory_mb()
     return Record(
@@ -443,3 +453,27 @@ def run_all(
     if failures:
         raise RuntimeError("\n".join(["runs failed:", *failures]))
     return load_records(experiments, runs)
+
+
+def obtain(
+    experiments: Sequence[Experiment], results: str, out: str, retrain: bool, workers: int, data_root: str
+) -> tuple[list[Record], list[Record] | None]:
+    """What a notebook shows: the records of `experiments`, and the committed ones to compare new ones with.
+
+    The embedded benchmark's committed records, under <results>/embedded/runs, are read unless `retrain` is set; then, and
+    for any other dataset, what is not done is trained. New runs go to <out>/runs, or to <results>/<identity>/runs
+    when `out` is "" (which is not allowed for the embedded benchmark: it would overwrite the committed records).
+
+    Returns:
+        records, and the committed records of the same experiments when the first were trained anew, else None.
+    """
+    source = RECIPE_DATASETS[experiments[0].dataset]
+    identity = "embedded" if source == "embedded" else cached_dataset(source, "val", data_root or None).identity
+    committed = Path(results) / identity / "runs"
+    if source == "embedded" and not retrain:
+        return load_records(experiments, committed), None
+    if source == "embedded" and not out:
+        raise ValueError('parameter `retrain = True` needs `out`, a folder for the new runs, for example "../results/embedded/reproduced"')
+    records = run_all(experiments, Path(out) / "runs" if out else committed, workers, data_root or None)
+    known = [e for e in experiments if read_state(committed / e.name)["state"] == "done"]
+    return records, load_records(known, committed) if source == "embedded" else None

@@ -143,6 +143,7 @@ def train(
     Returns:
         History: one dict for about every fiftieth of the run with `step`, `lr`, `loss` and every term's mean.
     """
+    torch.manual_seed(seed)
     method.to(device).train()
     groups = parameter_groups(method, config)
     optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
@@ -156,6 +157,7 @@ def train(
         batch_sampler=batches(len(dataset), config, seed, first),
         num_workers=workers,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # an iterator draws from it; the global generator is the method's alone
     )
     every = max(1, config.steps // 50)
     bar = tqdm(loader, total=config.steps, initial=first, desc=identity, unit="step", disable=not progress)

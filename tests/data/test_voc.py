@@ -93,7 +93,7 @@ def test_masks_prefer_aug_in_training_and_the_challenge_in_val(voc, root):
 
 def test_mask_keeps_void_and_may_be_grey(voc, root):
     mask = mask_of("b1", "SegmentationClass")
-    assert set(VOC2012(root, "val")[0].mask.unique().tolist()) == {0, VOC_CLASSES.index("horse") + 1, 255}
+    assert set(VOC2012(root, "val")[0].mask.flatten().tolist()) == {0, VOC_CLASSES.index("horse") + 1, 255}
     Image.fromarray(mask).save(voc / "SegmentationClass" / "b1.png")
     assert torch.equal(VOC2012(root, "val")[0].mask, torch.from_numpy(mask).long())
 
@@ -152,7 +152,8 @@ def test_labels_from_the_table_where_annotations_are_missing(voc, root):
     remove_annotations(voc)
     data = VOC2012(root, "train_aug")
     assert data.label_source == str(root / "image_labels.csv")
-    assert torch.equal(data.labels, torch.stack([multi_hot("dog", "person"), multi_hot("cat"), multi_hot("dog", "sofa")]))
+    expected = [multi_hot("dog", "person"), multi_hot("cat"), multi_hot("dog", "sofa")]
+    assert torch.equal(data.labels, torch.stack(expected))
     assert torch.equal(VOC2012(root, "train").labels, data.labels[:2])
     assert torch.equal(VOC2012(root / "VOCdevkit" / "VOC2012", "val").labels[1], multi_hot("cow"))
 
@@ -230,7 +231,7 @@ def test_unknown_split(root):
         (["b1", "b2", "b1"], ["val.txt", "b1 is listed twice"]),
         (["/JPEGImages/b1.jpg /SegmentationClass/b1.png"], ["val.txt", "one id a line"]),
         (["b1 1"], ["val.txt", "'b1 1'", "one id a line"]),
-        (["b1", "gone"], ["gone.jpg", "missing", "val.txt"]),
+        (["b1", "gone"], ["gone.jpg", "missing", "split val"]),
         (["b1", "c1"], ["c1.png", "SegmentationClassAug", "missing"]),
     ],
 )
@@ -370,7 +371,8 @@ def test_check_tells_everything_that_is_wrong(voc, root):
     (voc / "Annotations" / "b2.xml").unlink()
     write_list(voc, "train", ["a1", "a2", "b2"])
     report = check(root)
-    assert sorted(kinds(report)) == ["labels", "labels", "missing", "overlap", "size", "surplus", "unreadable", "values"]
+    expected = ["labels", "labels", "missing", "overlap", "size", "surplus", "unreadable", "values"]
+    assert sorted(kinds(report)) == expected
     text = str(report)
     for word in ("8 problems", "a1.jpg", "a2.jpg", "a3.png", "b1.png", "stray.png", "train.txt", "b2.xml"):
         assert word in text
@@ -428,9 +430,8 @@ def test_real_samples(split):
     for index in range(0, len(data), max(1, len(data) // 40)):
         sample = data[index]
         assert sample.mask.shape == sample.image.shape[1:]
-        shown = sample.mask.unique()
-        shown = shown[(shown > 0) & (shown < 255)] - 1
-        agree.append(torch.equal(shown, sample.label.nonzero()[:, 0]))
+        shown = np.setdiff1d(sample.mask, [0, 255]) - 1
+        agree.append(np.array_equal(shown, sample.label.nonzero()[:, 0]))
     assert np.mean(agree) > 0.75  # annotations and masks name the same classes in about 95 % of the images
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from base import MethodTester
 
-from wsss.methods import METHODS, build
+from wsss.methods import find
 from wsss.methods.cam import Cam, CamConfig
 
 SMALL = {
@@ -52,9 +52,9 @@ class TestCam(MethodTester):
 
 
 def test_names_find_their_class():
-    assert METHODS["cam"] is Cam
+    assert find("cam") is Cam
     with pytest.raises(ValueError, match="method 'cams' is unknown; choose one of cam, more"):
-        build("cams", {}, 3, None)
+        find("cams")
 
 
 def test_thresholds_and_starts_have_the_released_defaults():

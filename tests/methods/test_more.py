@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from wsss.backbones.vit import MultiTokenViT
 from wsss.maps import three_way
-from wsss.methods import build
 from wsss.methods.more import (
     GraphCategoryRepresentation,
+    MoRe,
     MoReConfig,
     confident_relation_loss,
     confident_relation_loss_released,
@@ -408,6 +408,11 @@ class MoReTester(MethodTester):
         found = method.losses(batch, 0)["mct"], named.losses(batch, 0)["mct"]
         assert_close(found, expected)
 
+    def test_tokens_are_q_and_p(self, method, batch):
+        classes, patches = method.tokens(batch["image"])
+        assert classes.shape == (2, CLASSES, 96) and patches.shape == (2, 64, 96)
+        assert torch.equal(patches, method.backbone(batch["image"]).patches)
+
     def test_attention_lam_is_a_share_of_the_attention(self, method, batch):
         lam = method.attention_lam(batch["image"], blocks=(-1, -2))
         assert lam.shape == (2, CLASSES, 8, 8)
@@ -443,7 +448,7 @@ class TestMoReReleased(MoReTester):
 def test_backbone_needs_one_class_token_per_class():
     backbone = MultiTokenViT(class_tokens=1, image_size=SIDE, pretrained=False)
     with pytest.raises(ValueError, match="1 class tokens and the dataset 3 classes; build it with class_tokens=3"):
-        build("more", MORE, CLASSES, backbone)
+        MoRe(MoReConfig(**MORE), CLASSES, backbone)
 
 
 def test_unknown_variant_is_an_error():

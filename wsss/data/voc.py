@@ -69,7 +69,7 @@ class Devkit:
 
     @property
     def identity(self) -> str:
-        """How results name this dataset: voc2012 where val has the official number of images, else the data root's name.
+        """How results name this dataset: voc2012 where val has the official 1,449 images, else the name of `data_root`.
 
         It is the same for every split. A subset in a folder that is itself called voc2012 is named voc2012-subset, so
         that its figures never stand under the name of the full dataset.
@@ -107,7 +107,7 @@ class Devkit:
             raise DataError(f"{file}: holds no image id. Copy the list again from the devkit.", "list")
         odd = next((name for name in ids if "/" in name or len(name.split()) > 1), None)
         if odd:
-            raise DataError(f"{file}: {odd!r} is not an image id. Write one id a line, without folder or suffix.", "list")
+            raise DataError(f"{file}: {odd!r} is not an image id. Write one id a line, no folder, no suffix.", "list")
         if len(set(ids)) < len(ids):
             twice = next(name for i, name in enumerate(ids) if name in ids[:i])
             raise DataError(f"{file}: image id {twice} is listed twice. Remove one of the lines.", "list")
@@ -122,8 +122,8 @@ class Devkit:
         image = self.path / "JPEGImages" / f"{name}.jpg"
         if name not in self.files["JPEGImages"]:
             raise DataError(
-                f"{image}: missing, but {self.list_file(split).name} of {LISTS.as_posix()} needs it. Unpack the archive "
-                "of the devkit again, or take the id out of the list.",
+                f"{image}: missing, but split {split} needs it. Unpack the archive of the devkit again, or take the id "
+                "out of the list.",
                 "missing",
             )
         folders = MASK_FOLDERS[split]
@@ -195,8 +195,8 @@ def read_pair(image_file: Path, mask_file: Path | None) -> tuple[Tensor, Tensor 
     if mask.shape != image.shape[1:]:
         (h, w), (height, width) = mask.shape, image.shape[1:]
         raise DataError(
-            f"{mask_file}: the mask is {w}x{h} pixels, its image {image_file.name} {width}x{height}. Resize both alike, "
-            "or copy both again from the devkit.",
+            f"{mask_file}: the mask is {w}x{h} pixels, its image {image_file.name} {width}x{height}. Copy both again from "
+            "the devkit, or resize both alike.",
             "size",
         )
     return image, mask
@@ -251,9 +251,7 @@ def read_label_table(file: Path) -> dict[str, Tensor]:
     return labels
 
 
-def read_labels(
-    devkit: Devkit, split: str, names: Sequence[str], labels: str | Path = "auto"
-) -> tuple[Tensor, str]:
+def read_labels(devkit: Devkit, split: str, names: Sequence[str], labels: str | Path = "auto") -> tuple[Tensor, str]:
     """Image-level labels of the images `names` of `split`, and where they come from; see `VOC2012`.
 
     Returns:

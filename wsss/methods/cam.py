@@ -81,10 +81,16 @@ class Cam(nn.Module):
         backbone: vision transformer; its class tokens are not used here.
 
     Attributes:
-        relu: the raw maps by name, and whether their negative values mean nothing (the argument of `maps.multi_scale`).
+        map_names: the maps that can be scored.
+        seed_maps: the maps that supervise.
+        label_map: the one among them that becomes the decoder's pseudo label.
     """
 
     Config = CamConfig
+    map_names = ("cam", "cam_aux")
+    seed_maps = ("cam", "cam_aux")
+    label_map = "cam"
+    strict = False  # where a score exactly at a threshold belongs, see `maps.three_way`
 
     def __init__(self, config: CamConfig, num_classes: int, backbone: MultiTokenViT):
         super().__init__()
@@ -99,10 +105,6 @@ class Cam(nn.Module):
             else None
         )
         self.par = PAR(config.par_dilations, config.par_iterations)
-        self.relu = dict.fromkeys(("cam", "cam_aux"), config.cam_activation == "relu")
-        self.seed_maps = ("cam", "cam_aux")  # the maps that supervise
-        self.label_map = "cam"  # the one among them that becomes the decoder's pseudo label
-        self.strict = False  # where a score exactly at a threshold belongs, see `maps.three_way`
 
     @staticmethod
     def class_tokens(num_classes: int) -> int:
@@ -158,7 +160,8 @@ class Cam(nn.Module):
         the training pass, `maps`, and nothing runs twice.
         """
         config = self.config
-        relu = {name: self.relu[name] for name in self.seed_maps}
+        cut = config.cam_activation == "relu"
+        relu = {name: cut and name.startswith("cam") for name in self.seed_maps}
         once = tuple(config.cam_scales) == (1.0,) and not config.cam_flip
         return multi_scale(
             lambda inputs: maps if once else self.token_maps(self.encode(inputs)),

@@ -380,7 +380,7 @@ class MoReConfig(CamConfig):
     Attributes:
         variant: "published" follows the equations, "released" the public code.
         use_gcr: whether the class tokens pass through the category graph; without it Q are the encoder's class tokens.
-        neighbour_ratio, neighbours: K of eqs. 1 and 2, see `GraphCategoryRepresentation`.
+        neighbour_ratio, neighbours: K of eqs. 1 and 2, see `GraphCategoryRepresentation`; 0 neighbours means by the ratio.
         weight_mct, mct_temperature, mct_with_cls: L_mct and its form, see `multi_class_token_loss`.
         weight_cre, cre_start, cre_temperature: alpha, tau of L_cre.
         weight_ure, ure_start: beta, of L_ure.
@@ -394,7 +394,7 @@ class MoReConfig(CamConfig):
     variant: str = "released"
     use_gcr: bool = True
     neighbour_ratio: float = 0.5
-    neighbours: int | None = None
+    neighbours: int = 0
     weight_mct: float = 1.0
     mct_temperature: float = 0.07
     mct_with_cls: bool = False
@@ -437,6 +437,7 @@ class MoRe(Cam):
     """
 
     Config = MoReConfig
+    map_names = ("cam", "cam_aux", "lam", "fused")  # fused is cam times lam, which the evaluation multiplies
 
     def __init__(self, config: MoReConfig, num_classes: int, backbone: MultiTokenViT):
         super().__init__(config, num_classes, backbone)
@@ -446,18 +447,13 @@ class MoRe(Cam):
                 f"build it with class_tokens={num_classes}"
             )
         self.published = config.variant == "published"
-        self.gcr = (
-            GraphCategoryRepresentation(
-                backbone.embed_dim, config.variant, config.neighbour_ratio, config.neighbours
-            )
-            if config.use_gcr
-            else None
-        )
-        self.relu["lam"] = False
-        self.strict = self.published
         if self.published:
-            self.seed_maps += ("lam",)
-            self.label_map = "lam"
+            self.seed_maps, self.label_map, self.strict = (*Cam.seed_maps, "lam"), "lam", True
+        self.gcr = None
+        if config.use_gcr:
+            self.gcr = GraphCategoryRepresentation(
+                backbone.embed_dim, config.variant, config.neighbour_ratio, config.neighbours or None
+            )
 
     @staticmethod
     def class_tokens(num_classes: int) -> int:
@@ -470,6 +466,11 @@ class MoRe(Cam):
         if self.gcr is None:
             return tokens
         return replace(tokens, classes=self.gcr(tokens.classes, tokens.patches).to(tokens.classes.dtype))
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Q (B, C, D) and P (B, L, D) of images (B, 3, H, W)."""
+        tokens = self.encode(images)
+        return tokens.classes, tokens.patches
 
     def token_maps(self, tokens: Tokens) -> dict[str, Tensor]:
         """The raw maps "cam", "cam_aux" and "lam", (B, C, h, w)."""

@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from wsss import claims, tables
+from wsss.claims import paired, ranking
+
+CLAIM = "more-12"
+
+
+def by_seed(*values):
+    return dict(enumerate(values))
+
+
+@pytest.mark.parametrize(
+    "a, b, claimed, verdict",
+    [
+        ((60, 61, 62), (50, 50.5, 52.5), ">", "supported"),
+        ((60, 61, 62), (50, 50.5, 52.5), "<", "not supported"),
+        ((50, 50.5, 52.5), (60, 61, 62), "<", "supported"),
+        ((60, 61, 62), (59, 63, 60), ">", "inconclusive"),
+        ((60, 61, 62), (59, 63, 60), "<", "inconclusive"),
+        ((60, 61), (50, 50), ">", "inconclusive (n = 2)"),
+        ((60,), (50,), ">", "inconclusive (n = 1)"),
+        ((), (), ">", "inconclusive (n = 0)"),
+        ((60, 60, 60), (60, 60, 60), ">", "inconclusive"),  # no difference at all lies on no side
+        ((61, 61, 61), (60, 60, 60), ">", "supported"),
+    ],
+)
+def test_paired_verdicts(a, b, claimed, verdict):
+    assert paired(by_seed(*a), by_seed(*b), claimed, CLAIM).verdict == verdict
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    a, b = np.array([60.0, 61, 63, 62]), np.array([58.0, 60.5, 60, 61])
+    result = paired(by_seed(*a), by_seed(*b), ">", CLAIM)
+    interval = stats.ttest_rel(a, b).confidence_interval(0.95)
+    np.testing.assert_allclose((result.low, result.high), interval, rtol=1e-12)
+    assert result.effect == pytest.approx((a - b).mean()) and result.n == 4
+    assert result.claim.startswith("Dropping L_cre")
+
+
+def test_seeds_are_paired_by_number_not_by_order():
+    result = paired({2: 62, 0: 60, 1: 61, 7: 99}, {0: 50, 1: 51, 2: 52, 5: 0}, ">", CLAIM)
+    assert result.effect == 10 and result.n == 3 and result.verdict == "supported"
+    assert "5, 7" in result.note
+
+
+@pytest.mark.parametrize("margin, verdict", [(5, "supported"), (10, "inconclusive"), (20, "not supported")])
+@pytest.mark.parametrize("claimed", ["<", ">"])
+def test_a_margin_moves_the_border(claimed, margin, verdict):
+    arms = [by_seed(60, 61, 62), by_seed(50, 50.5, 52.5)]
+    assert paired(*(arms if claimed == ">" else arms[::-1]), claimed, CLAIM, margin=margin).verdict == verdict
+
+
+def test_paired_refuses_what_it_cannot_judge():
+    with pytest.raises(ValueError, match="claimed"):
+        paired({}, {}, "=", CLAIM)
+    with pytest.raises(ValueError, match="margin"):
+        paired({}, {}, ">", CLAIM, margin=-1)
+    with pytest.raises(ValueError, match="seed 1 is undefined"):
+        paired(by_seed(1, math.nan), by_seed(1, 2), ">", CLAIM)
+    with pytest.raises(ValueError, match="no claim 'more-99'"):
+        paired({}, {}, ">", "more-99")
+
+
+HIGH, MIDDLE, LOW = by_seed(70, 71, 72), by_seed(60, 61.5, 62), by_seed(50, 51, 52.5)
+
+
+def test_a_ranking_needs_every_step():
+    assert ranking({"a": HIGH, "b": MIDDLE, "c": LOW}, "apc-09").verdict == "supported"
+    close = {seed: value + offset for (seed, value), offset in zip(HIGH.items(), (1, -1, 0.5))}
+    result = ranking({"a": HIGH, "b": close, "c": LOW}, "apc-09")
+    assert result.verdict == "inconclusive" and abs(result.effect) < 1, "the step that decides is shown"
+    assert "a > b" in result.note and "b > c" in result.note
+    result = ranking({"a": HIGH, "b": LOW, "c": MIDDLE}, "apc-09")
+    assert result.verdict == "not supported" and result.effect < 0
+
+
+def test_a_ranking_with_few_seeds():
+    assert ranking({"a": HIGH, "b": MIDDLE, "c": by_seed(50)}, "apc-09").verdict == "inconclusive (n = 1)"
+    assert ranking({"a": LOW, "b": HIGH, "c": {}}, "apc-09").verdict == "not supported", "one refuted step is enough"
+    with pytest.raises(ValueError, match="two arms"):
+        ranking({"a": HIGH}, "apc-09")
+
+
+def test_not_testable_says_why():
+    result = claims.not_testable("more-09", "COCO is not at hand")
+    assert result.verdict == "not testable here" and result.note == "COCO is not at hand" and math.isnan(result.effect)
+
+
+def test_claims_of_each_paper():
+    assert {paper: len(claims.claims(paper)) for paper in ("more", "seco", "apc", "bnr")} == {
+        "more": 35, "seco": 32, "apc": 29, "bnr": 20
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="more, seco, apc, bnr"):
+        claims.claims("toco")
+
+
+def test_the_table_of_verdicts():
+    verdicts = [paired(HIGH, LOW, ">", CLAIM), claims.not_testable("more-09", "no data")]
+    table = claims.table(verdicts)
+    assert table["effect"].tolist() == ["+19.83", ""] and table["seeds"].tolist() == ["3", ""]
+    assert table.loc[0, "95 % interval"].startswith("[+") and table.loc[1, "95 % interval"] == ""
+    assert tables.show(table, "claims", claims.RULE).data.count("supported") >= 1
+    assert claims.table([]).empty
+
+
+def test_values_by_seed_of_a_frame():
+    from test_tables import scored
+
+    rows = tables.frame([scored("full", 0, 0.5), scored("full", 1, 0.75), scored("x", 0, 0.1)])
+    assert claims.by_seed(rows, arm="full", quantity="miou") == {0: 50.0, 1: 75.0}
+    with pytest.raises(ValueError, match="arm"):
+        claims.by_seed(rows)
+
+
+def test_the_rule_says_what_matters():
+    for part in ("95 %", "fewer than 3 seeds", "about a million parameters", "fixed before the runs", "direction"):
+        assert part in claims.RULE

@@ -1,0 +1,162 @@
+"""Every figure of the notebooks. Functions draw and return nothing; a notebook cell ends with `plt.show()`."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from wsss.data.classes import palette
+
+UNCERTAIN_COLOUR = (0.85, 0.85, 0.85)
+
+
+def rgb(image: Tensor) -> np.ndarray:
+    """uint8 (3, H, W) -> (H, W, 3) for matplotlib."""
+    return image.permute(1, 2, 0).numpy()
+
+
+def colours(count: int) -> np.ndarray:
+    """RGB 0..1 of background and `count` classes, (count + 1, 3)."""
+    return palette(count) / 255
+
+
+def row(pictures: int, title: str = "", width: float = 2.3, height: float = 2.5) -> list[Axes]:
+    """One row of `pictures` axes without ticks."""
+    figure, axes = plt.subplots(1, pictures, figsize=(width * pictures, height), squeeze=False, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=11)
+    for ax in axes[0]:
+        ax.set(xticks=[], yticks=[])
+    return list(axes[0])
+
+
+def table_of_axes(rows: int, columns: int, side: float = 1.7) -> np.ndarray:
+    """A grid of axes without ticks, (rows, columns)."""
+    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    return axes
+
+
+def picture(ax: Axes, image: Tensor, title: str = "") -> None:
+    """An image, uint8 (3, H, W)."""
+    ax.imshow(rgb(image))
+    ax.set_title(title, fontsize=9)
+
+
+def heat(ax: Axes, image: Tensor, values: Tensor, title: str = "", low: float | None = None, high: float | None = None):
+    """A map (h, w) laid over a greyed image; without limits it spans its own range."""
+    height, width = image.shape[-2:]
+    ax.imshow(rgb(image).mean(2), cmap="gray", extent=(0, width, height, 0))
+    ax.imshow(values.numpy(), cmap="turbo", alpha=0.6, extent=(0, width, height, 0), vmin=low, vmax=high)
+    ax.set_title(title, fontsize=9)
+
+
+def labels(ax: Axes, mask: Tensor, classes: Sequence[str], title: str = "", legend: bool = False) -> None:
+    """A label map (h, w): 0 background (black), 1..C in the class colours, 255 grey."""
+    lookup = np.full((256, 3), UNCERTAIN_COLOUR)
+    lookup[: len(classes) + 1] = colours(len(classes))
+    values = mask.numpy().astype(int)
+    ax.imshow(lookup[values])
+    ax.set_title(title, fontsize=9)
+    if legend:
+        shown = [v for v in np.unique(values)]
+        name = lambda v: "background" if v == 0 else "uncertain" if v == 255 else classes[v - 1]
+        handles = [Patch(facecolor=lookup[v], edgecolor="0.5", label=name(v)) for v in shown]
+        ax.legend(handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=2, frameon=False)
+
+
+def patches(ax: Axes, image: Tensor, grid: tuple[int, int], groups: Mapping[str, tuple[Tensor, str]], title: str = ""):
+    """An image with groups of patches framed: name -> (bool (h, w), colour)."""
+    height, width = image.shape[-2] / grid[0], image.shape[-1] / grid[1]
+    ax.imshow(rgb(image))
+    for offset, (selected, colour) in enumerate(groups.values()):
+        inset = 0.8 * offset
+        for i, j in selected.nonzero().tolist():
+            corner = (j * width + inset, i * height + inset)
+            ax.add_patch(
+                Rectangle(corner, width - 2 * inset, height - 2 * inset, fill=False, edgecolor=colour, linewidth=1.5)
+            )
+    ax.set_title(title, fontsize=9)
+    handles = [Patch(facecolor="none", edgecolor=colour, label=name) for name, (_, colour) in groups.items()]
+    ax.legend(handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=2, frameon=False)
+
+
+def windows(ax: Axes, values: Tensor, boxes: Sequence[tuple[int, int, int, str]], title: str = "") -> None:
+    """A grid of small numbers (h, w) with square windows: (top, left, side, colour)."""
+    shades = ListedColormap(["white", "#f3d27a", "#8fc27a"])
+    ax.imshow(values.numpy(), cmap=shades, vmin=0, vmax=2)
+    for (i, j), value in np.ndenumerate(values.numpy()):
+        ax.text(j, i, int(value), ha="center", va="center", fontsize=7, color="0.35")
+    for top, left, side, colour in boxes:
+        ax.add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor=colour, linewidth=2.5))
+    ax.set_title(title, fontsize=9)
+
+
+def matrix(values: np.ndarray | Tensor, rows: Sequence[str], columns: Sequence[str], title: str, form: str = ".2f"):
+    """A matrix with its numbers written in."""
+    values = np.asarray(values)
+    figure, ax = plt.subplots(figsize=(1.6 + 0.55 * len(columns), 1.2 + 0.4 * len(rows)), layout="constrained")
+    sns.heatmap(values, annot=True, fmt=form, cmap="mako_r", cbar=False, ax=ax, annot_kws={"size": 8})
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=45, ha="right", fontsize=8)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0, fontsize=8)
+    ax.set_title(title, fontsize=10)
+
+
+def histories(records: Sequence, terms: Sequence[str], title: str = "") -> None:
+    """Loss terms over the steps, one panel a term, one line an arm (mean and range over seeds)."""
+    rows = [
+        {"step": point["step"], "term": term, "value": point[term], "run": f"{r.method}.{r.variant}, {r.arm}"}
+        for r in records
+        for point in r.history
+        for term in terms
+        if term in point
+    ]
+    frame = pd.DataFrame(rows)
+    shown = [term for term in terms if term in set(frame["term"])]
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.7 * len(shown), 2.7), squeeze=False, layout="constrained")
+    for ax, term in zip(axes[0], shown):
+        own = frame[frame["term"] == term]
+        sns.lineplot(own, x="step", y="value", hue="run", errorbar=("pi", 100), ax=ax, legend=ax is axes[0][-1])
+        ax.set(title=f"weighted L_{term}", ylabel="", xlabel="step")
+    if axes[0][-1].get_legend():
+        sns.move_legend(axes[0][-1], "upper left", bbox_to_anchor=(1.02, 1), title="", fontsize=7, frameon=False)
+    figure.suptitle(title, fontsize=11)
+
+
+def token_clusters(records: Sequence, titles: Sequence[str]) -> None:
+    """t-SNE of class tokens, one panel a record, coloured by class, with their silhouette."""
+    figure, axes = plt.subplots(1, len(records), figsize=(3.4 * len(records), 3.6), squeeze=False, layout="constrained")
+    for ax, record, title in zip(axes[0], records, titles):
+        points, owners = np.array(record.tokens["tsne"]), np.array(record.tokens["classes"])
+        own = colours(len(record.classes))[1:]
+        for index, name in enumerate(record.classes):
+            chosen = points[owners == index]
+            ax.scatter(chosen[:, 0], chosen[:, 1], s=10, color=own[index], label=name)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f"{title}\nsilhouette {record.tokens['silhouette']:.2f}", fontsize=9)
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+
+
+def sensitivity(frame: pd.DataFrame, field: str, value: str, chosen: object, ylabel: str, ax: Axes) -> None:
+    """Score against a hyper-parameter: every seed a dot, the mean a line, the recipe's value marked."""
+    sns.lineplot(frame, x=field, y=value, errorbar=None, marker="o", color="0.6", ax=ax)
+    sns.scatterplot(frame, x=field, y=value, s=14, color="tab:blue", ax=ax)
+    ax.axvline(chosen, color="tab:orange", linestyle=":", linewidth=1.5)
+    ax.set(ylabel=ylabel, title=field)
+
+
+def bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, title: str, size=(9, 3.2)) -> None:
+    """Grouped bars with the range over seeds as a whisker."""
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    sns.barplot(frame, x=x, y=y, hue=hue, errorbar=("pi", 100), err_kws={"linewidth": 1}, ax=ax)
+    ax.set(ylabel=ylabel, xlabel="")
+    ax.set_title(title, fontsize=10)
+    ax.tick_params(axis="x", rotation=30)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))

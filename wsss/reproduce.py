@@ -1,0 +1,526 @@
+"""Runs the numbered notebooks in a batch: `wsss reproduce`, and `wsss reproduce --publish`.
+
+Each notebook runs through papermill in a process of its own, which keeps a state file beside the executed notebook:
+`queued`, `running` (with its pid and cell), `failed` (with cell and error), `killed`, or `done`, which is written last.
+What papermill itself notes down is not used: it calls a killed run completed. A second start runs only what is not done
+with the same parameters and code; runs of the library that are done are not trained again either.
+
+This module imports no torch, so that every process starts at once.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import nbformat
+from tqdm import tqdm
+
+from wsss.files import write_atomic, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+RESULTS = ROOT / "results"
+SEEDS_TO_PUBLISH = 3
+KINDS = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
+
+
+class ReproduceError(RuntimeError):
+    """The batch cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A notebook to run, the parameters that replace its own, and `key`, the content of both."""
+
+    notebook: Path
+    parameters: dict[str, object]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return self.notebook.stem
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def find_notebooks(numbers: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
+    """The notebooks whose names start with one of `numbers` ("04"), or all numbered ones, in order.
+
+    Raises:
+        ReproduceError: no notebook has such a number.
+    """
+    known = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    numbers = [number.zfill(2) for number in numbers]
+    unknown = [number for number in numbers if not any(path.name.startswith(f"{number}_") for path in known)]
+    if unknown or not known:
+        listed = ", ".join(path.stem for path in known) or "none"
+        raise ReproduceError(f"{_shown(folder)}: no notebook {', '.join(unknown)}; there are: {listed}")
+    return [path for path in known if not numbers or path.name.split("_")[0] in numbers]
+
+
+def plan(
+    notebooks: Iterable[Path], parameters: Mapping[str, object], shared: Mapping[str, object] | None = None
+) -> list[Task]:
+    """Check everything before anything runs.
+
+    Args:
+        parameters: replace the parameters of every notebook. Text is read as a literal where the notebook declares
+            another type, so that values of a command line can be passed on as they are.
+        shared: the same, but only for the notebooks that declare them.
+
+    Raises:
+        ReproduceError: a notebook does not declare a parameter, or declares another type for it; lists all such cases.
+    """
+    tasks, problems = [], []
+    for notebook in map(Path, notebooks):
+        declared, values = _declared(notebook), {}
+        given = {name: value for name, value in (shared or {}).items() if name in declared} | dict(parameters)
+        for name, value in given.items():
+            if name not in declared:
+                near = difflib.get_close_matches(name, declared, 3)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(declared) or 'none'}"
+                problems.append(f"{notebook.name}: unknown parameter {name!r}; {hint}")
+                continue
+            try:
+                values[name] = _typed(value, declared[name])
+            except TypeError:
+                kind = declared[name].__name__
+                problems.append(f"{notebook.name}: parameter {name!r} must be {kind}, not {value!r}")
+        tasks.append(Task(notebook, values, _key(notebook, values)))
+    if problems:
+        raise ReproduceError("\n".join(problems))
+    return tasks
+
+
+def _declared(notebook: Path) -> dict[str, type]:
+    """Parameters of a notebook with their types, as papermill finds them."""
+    import papermill
+
+    types = {}
+    for name, about in papermill.inspect_notebook(str(notebook)).items():
+        annotation = about["inferred_type_name"].split("[")[0].strip()
+        if annotation not in KINDS:
+            raise ReproduceError(f"{notebook.name}: declare {name!r} as one of {', '.join(KINDS)}, not {annotation}")
+        types[name] = KINDS[annotation]
+    return types
+
+
+def _typed(value: object, kind: type) -> object:
+    """`value` as `kind`, or a TypeError. Only text and whole numbers are turned into something else."""
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = ast.literal_eval(value.capitalize() if kind is bool else value)
+        except (ValueError, SyntaxError) as error:
+            raise TypeError from error
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _key(notebook: Path, parameters: Mapping[str, object]) -> str:
+    """Hash of the notebook's code and the parameters: text between the cells and outputs may change freely."""
+    code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps([code, parameters], sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------------ states
+
+
+def state_path(out: Path, name: str) -> Path:
+    """Where the state of the notebook `name` is kept."""
+    return Path(out) / "notebooks" / f"{name}.state.json"
+
+
+def read_state(out: Path, name: str) -> dict:
+    """The true state of a notebook: {"state": absent, queued, running, failed, killed or done, ...}.
+
+    One that says running and whose process is gone was killed.
+    """
+    path = state_path(out, name)
+    if not path.exists():
+        return {"state": "absent"}
+    state = json.loads(path.read_text())
+    return state | {"state": "killed"} if state["state"] == "running" and not alive(state["pid"]) else state
+
+
+def alive(pid: int) -> bool:
+    """Whether there is a process `pid`."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # there is one, of somebody else
+        pass
+    return True
+
+
+def _refuse_running(out: Path) -> None:
+    for path in sorted((Path(out) / "notebooks").glob("*.state.json")):
+        name = path.name.removesuffix(".state.json")
+        state = read_state(out, name)
+        if state["state"] == "running":
+            raise ReproduceError(
+                f"{name} is running in {_shown(out)} already (process {state['pid']}); wait for it or stop it. "
+                f"If that process is something else, delete {_shown(path)}"
+            )
+
+
+def describe(state: Mapping) -> str:
+    """One line about a state."""
+    match state["state"]:
+        case "failed":
+            return f"failed {_where(state)}: {state['error']}: {state['message']}"
+        case "killed":
+            return f"killed {_where(state)}"
+        case "done":
+            return f"done in {state['seconds']:.0f} s"
+        case other:
+            return other
+
+
+def _where(state: Mapping) -> str:
+    return f"in cell {state['cell']}" if state.get("cell") else "before the first cell"
+
+
+# --------------------------------------------------------------------------------------------------------------- run
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(tasks: Sequence[Task], out: str | Path, at_once: int | None = None) -> dict[str, dict]:
+    """Execute what is not done yet, `at_once` notebooks side by side (default: half as many as there are cores).
+
+    Executed notebooks and their states go to <out>/notebooks, what their processes print to <out>/log. One progress line a
+    notebook is drawn on stderr. Interrupting this process stops the notebooks; a later call goes on from there.
+
+    Returns:
+        Name of each task -> its state in the end.
+
+    Raises:
+        ReproduceError: a notebook of `out` is running already.
+        PermissionError: `out` cannot be written.
+    """
+    out = Path(out)
+    _refuse_running(out)
+    queue = [task for task in tasks if not _is_done(task, out)]
+    for task in queue:
+        write_json(state_path(out, task.name), {"state": "queued", "key": task.key, "parameters": task.parameters})
+    (out / "log").mkdir(parents=True, exist_ok=True)
+    context, running = multiprocessing.get_context("spawn"), {}
+    with _Progress(tasks, out) as progress:
+        try:
+            while queue or running:
+                while queue and len(running) < (at_once or max(1, cores() // 2)):
+                    task = queue.pop(0)
+                    running[task.name] = context.Process(target=_work, args=(task, out.resolve()), daemon=True)
+                    running[task.name].start()
+                wait([process.sentinel for process in running.values()], timeout=0.5)
+                for name in [name for name, process in running.items() if not process.is_alive()]:
+                    _close(out, name, running.pop(name).exitcode)
+                progress.update()
+        finally:
+            for name, process in running.items():
+                process.terminate()
+            for name, process in running.items():
+                process.join(timeout=30)
+                process.kill()
+                process.join()
+                _close(out, name, process.exitcode)
+            progress.update()
+    return {task.name: read_state(out, task.name) for task in tasks}
+
+
+def _is_done(task: Task, out: Path) -> bool:
+    state = read_state(out, task.name)
+    return state["state"] == "done" and state["key"] == task.key and (out / "notebooks" / task.notebook.name).exists()
+
+
+def _close(out: Path, name: str, exitcode: int | None) -> None:
+    """Write down that a process is gone which could not say so itself."""
+    state = read_state(out, name)
+    if state["state"] not in ("done", "failed"):
+        write_json(state_path(out, name), state | {"state": "killed", "exitcode": exitcode})
+
+
+class _Progress:
+    """One tqdm line a notebook, on stderr: name, cells done of all, state."""
+
+    def __init__(self, tasks: Sequence[Task], out: Path):
+        self.tasks, self.out, self.bars = tasks, out, {}
+
+    def __enter__(self) -> "_Progress":
+        width = max((len(task.name) for task in self.tasks), default=0)
+        line = "{desc} |{bar:20}| {n_fmt}/{total_fmt} cells [{elapsed}{postfix}]"
+        for position, task in enumerate(self.tasks):
+            name = task.name.ljust(width)
+            bar = tqdm(total=_cells(task), desc=name, position=position, file=sys.stderr, bar_format=line)
+            self.bars[task.name] = bar
+        self.update()
+        return self
+
+    def update(self) -> None:
+        for name, bar in self.bars.items():
+            state = read_state(self.out, name)
+            running, said = state["state"] == "running", describe(state)
+            if running and bar.postfix != said:
+                bar.reset()  # its time starts now
+            bar.n = bar.total if state["state"] == "done" else max(0, state.get("cell", 0) - 1)
+            if bar.postfix != said or (running and sys.stderr.isatty()):
+                bar.set_postfix_str(said)
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self.bars.values():
+            bar.close()
+
+
+def _cells(task: Task) -> int:
+    """Code cells that will run; papermill adds one that holds the parameters."""
+    cells = nbformat.read(task.notebook, as_version=4).cells
+    return sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in cells) + bool(task.parameters)
+
+
+# ------------------------------------------------------------------------------------------- in a notebook's process
+
+
+def _work(task: Task, out: Path) -> None:
+    """Run one notebook and keep its state; the whole of its process."""
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the parent as well, which then terminates this one
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, so that the kernel is shut down, too
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel named python3 of the user would be another environment
+    with open(out / "log" / f"{task.name}.log", "w", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        state = {"state": "running", "pid": os.getpid(), "cell": 0, "key": task.key, "parameters": task.parameters}
+        start = time.perf_counter()
+
+        def started() -> None:
+            state["cell"] += 1
+            write_json(state_path(out, task.name), state)
+
+        write_json(state_path(out, task.name), state)
+        try:
+            execute(task, out / "notebooks" / task.notebook.name, started)
+        except Exception as error:
+            print(error, file=sys.stderr)
+            name, message = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+            state |= {"state": "failed", "error": name, "message": (message.strip().splitlines() or [""])[0]}
+        else:
+            state["state"] = "done"
+        del state["pid"]
+        write_json(state_path(out, task.name), state | {"seconds": round(time.perf_counter() - start, 1)})
+
+
+def execute(task: Task, output: Path, started: Callable[[], object]) -> None:
+    """Execute a notebook into `output`, from its own folder and with relative paths only; strip what papermill adds.
+
+    A kernel that does not start is tried once more: many that start at once may race for a port.
+
+    Args:
+        started: is called before each code cell.
+    """
+    import papermill
+
+    folder, reached = task.notebook.resolve().parent, []
+
+    def note(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        reached.append(cell_index)
+        started()
+
+    with contextlib.chdir(folder):
+        for last in (False, True):
+            try:
+                papermill.execute_notebook(
+                    task.notebook.name,
+                    os.path.relpath(output, folder),
+                    parameters=task.parameters,
+                    kernel_name="python3",
+                    language="python",
+                    progress_bar=False,
+                    on_cell_execute=note,
+                    coalesce_streams=True,
+                )
+                return
+            except Exception as error:
+                if last or reached:
+                    raise
+                print(f"the kernel did not start ({error}); once more", file=sys.stderr)
+            finally:
+                if output.exists():
+                    write_atomic(output, nbformat.writes(strip(nbformat.read(output, as_version=4))) + "\n")
+
+
+def strip(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Take papermill's metadata and the paths of this machine out of a notebook, in place."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                output.text = _without_machine_paths(output.text)
+            for kind, content in output.get("data", {}).items():
+                if kind.startswith("text/") and isinstance(content, str):
+                    output.data[kind] = _without_machine_paths(content)
+            if "traceback" in output:
+                output.traceback = [_without_machine_paths(line) for line in output.traceback]
+    return notebook
+
+
+def _without_machine_paths(text: str) -> str:
+    text = re.sub(r"[^\s\"']*/ipykernel_\d+/\d+\.py", "<cell>", text)
+    for folder, short in ((sys.prefix, ""), (ROOT, ""), (Path.home(), "~/")):
+        if len(Path(folder).parts) > 1:  # in some containers the home is /
+            text = text.replace(f"{folder}/", short)
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------- publish
+
+
+def publish(out: Path, notebooks: Sequence[Path], results: Path = RESULTS) -> dict[str, dict]:
+    """Make a finished reproduction the committed one.
+
+    Copies its records and tables to <results>/<dataset>/, executes `notebooks` with their default parameters, which read
+    those records, and puts the executed ones in place of the old, all of them or none.
+
+    Args:
+        out: folder of a reproduction of all `notebooks` with three seeds or more.
+
+    Returns:
+        Name of each notebook -> its state.
+
+    Raises:
+        ReproduceError: a notebook is not done, had too few seeds, or there are no records of exactly one dataset.
+        PermissionError: a folder cannot be written.
+    """
+    from wsss import experiments
+
+    states = {path.stem: read_state(out, path.stem) for path in notebooks}
+    open_ends = [f"{name} is {describe(state)}" for name, state in states.items() if state["state"] != "done"]
+    for name, state in states.items():
+        seeds = state.get("parameters", {}).get("seeds", SEEDS_TO_PUBLISH)
+        if seeds < SEEDS_TO_PUBLISH:
+            open_ends.append(f"{name} ran with {seeds} seed(s)")
+    if open_ends:
+        raise ReproduceError(
+            f"{_shown(out)} is no finished reproduction with {SEEDS_TO_PUBLISH} seeds: {'; '.join(open_ends)}. "
+            f"Run `wsss reproduce --seeds {SEEDS_TO_PUBLISH}` first"
+        )
+    runs = [path for path in sorted((out / "runs").glob("*")) if experiments.read_state(path)["state"] == "done"]
+    identities = {experiments.Record.read(run).identity for run in runs}
+    if len(identities) != 1:
+        found = ", ".join(sorted(identities)) or "none"
+        raise ReproduceError(f"{_shown(out / 'runs')}: needs finished runs on one dataset; found: {found}")
+    target = results / identities.pop()
+    for run_folder in runs:
+        for name in ("record.json", "state.json"):
+            write_atomic(target / "runs" / run_folder.name / name, (run_folder / name).read_bytes())
+    for table in _tables(out):
+        write_atomic(target / "tables" / table.name, table.read_bytes())
+    return _execute_in_place(notebooks, out / "publish")
+
+
+def _execute_in_place(notebooks: Sequence[Path], scratch: Path) -> dict[str, dict]:
+    shutil.rmtree(scratch, ignore_errors=True)  # the records have changed: nothing in there is done
+    states = run(plan(notebooks, {}), scratch)
+    if all(state["state"] == "done" for state in states.values()):
+        for notebook in notebooks:
+            write_atomic(notebook, (scratch / "notebooks" / notebook.name).read_bytes())
+    return states
+
+
+# ----------------------------------------------------------------------------------------------------------- command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `wsss reproduce`."""
+    parser.add_argument("--dataset", default="embedded", help="what to train and test on (default: %(default)s)")
+    parser.add_argument("--data-root", metavar="PATH", help="folder that holds the dataset")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each run (default: %(default)s)")
+    parser.add_argument("--out", metavar="PATH", type=Path, help="default: results/<dataset>/reproduced")
+    parser.add_argument("--notebooks", nargs="+", default=[], metavar="NN", help="numbers, e.g. 00 04 (default: all)")
+    parser.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="for every notebook"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="run nothing, but make the finished reproduction in --out the committed one",
+    )
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Run `wsss reproduce`; 0 when every notebook is done, 1 when one is not, 2 when nothing could be started."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the notebooks are stopped, too
+    out = arguments.out or RESULTS / arguments.dataset / "reproduced"
+    try:
+        notebooks = find_notebooks(arguments.notebooks)
+        states = publish(out, notebooks) if arguments.publish else _reproduce(arguments, notebooks, out)
+    except (ReproduceError, OSError) as error:
+        print(f"wsss reproduce: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("wsss reproduce: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for name, state in states.items():
+        print(f"{name}: {describe(state)}")
+    for table in _tables(out):
+        print(_shown(table))
+    return 0 if all(state["state"] == "done" for state in states.values()) else 1
+
+
+def _reproduce(arguments: argparse.Namespace, notebooks: Sequence[Path], out: Path) -> dict[str, dict]:
+    from wsss.experiments import RECIPE_DATASETS
+
+    if arguments.dataset not in RECIPE_DATASETS:
+        raise ReproduceError(f"--dataset {arguments.dataset} is not one of {', '.join(RECIPE_DATASETS)}")
+    if arguments.seeds < 1:
+        raise ReproduceError(f"--seeds is {arguments.seeds}; one seed or more is needed")
+    shared = {
+        "dataset": arguments.dataset,
+        "data_root": os.path.relpath(arguments.data_root, NOTEBOOKS) if arguments.data_root else "",
+        "seeds": arguments.seeds,
+        "retrain": True,
+        "workers": min(2, cores()),
+        "out": os.path.relpath(out, NOTEBOOKS),
+    }
+    tasks = plan(notebooks, dict(arguments.parameter), shared)
+    if arguments.fresh and out.exists():
+        _refuse_running(out)
+        out.rename(out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    states = run(tasks, out)
+    write_json(out / "state.json", {"notebooks": states, "tables": [path.name for path in _tables(out)]})
+    return states
+
+
+def _tables(out: Path) -> list[Path]:
+    return sorted(path for path in (out / "tables").glob("*") if path.suffix in (".csv", ".md", ".html"))
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path)
