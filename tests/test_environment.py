@@ -78,8 +78,7 @@ MACHINE = re.compile(
 
 def configured_hosts():
     """Hosts of the package indexes that this machine is set up with."""
-    names = ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_EXTRA_INDEX_URL", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL")
-    urls = " ".join(os.environ.get(name, "") for name in names).split()
+    urls = " ".join(value for name, value in os.environ.items() if re.match(r"(UV|PIP)_\w*INDEX", name)).split()
     return [host for host in (urlsplit(url.rpartition("=")[2]).hostname for url in urls) if host]
 
 
@@ -108,7 +107,7 @@ def test_no_committed_file_names_a_machine_or_a_registry():
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("text", ["see {}x", 'open("{}x")', "--out={}x", "file://{}x", "C:\\Users\\x"])
+@pytest.mark.parametrize("text", ["see {}x", 'open("{}x")', "--out={}x", "file://{}x", "C:" + r"\Users\x"])
 def test_the_search_finds_paths_of_a_machine(text):
     assert all(MACHINE.search(text.format(folder)) for folder in FOLDERS)
 

@@ -3,8 +3,16 @@ import re
 import pytest
 import torch
 
-from wsss.maps import add_background, minmax, multi_scale, multi_scale_logits, predict, resize, three_way
-from wsss.maps import token_similarity
+from wsss.maps import (
+    add_background,
+    minmax,
+    multi_scale,
+    multi_scale_logits,
+    predict,
+    resize,
+    three_way,
+    token_similarity,
+)
 
 EXACT = {"rtol": 1e-7, "atol": 1e-9}
 
@@ -56,16 +64,18 @@ def test_golden_more_lam_multi_scale(golden):
     recorded = [
         {"lam": token_similarity(data[f"feature_{i}"], data[f"tokens_{i}"], "dot")} for i in range(len(scales))
     ]
-    for name, used in (("lam_single", 1), ("lam_multi", len(scales))):
-        network = StubNetwork(images, scales[:used], recorded)
-        maps = multi_scale(network, images, scales[:used], relu={"lam": False})
+    for name, used in (("lam_single", [scales.index(1)]), ("lam_multi", range(len(scales)))):
+        factors = [scales[i] for i in used]
+        network = StubNetwork(images, factors, [recorded[i] for i in used])
+        maps = multi_scale(network, images, factors, relu={"lam": False})
         torch.testing.assert_close(maps["lam"], data[name], **EXACT)
 
 
 def test_golden_more_lam_validation_path(golden):
     data = golden("more_lam_released")
     batch = data["lam_single"].shape[0]
-    raw = token_similarity(data["feature_0"][:batch], data["tokens_0"][:batch], "dot")
+    full_size = data["order"].tolist().index(1)
+    raw = token_similarity(data[f"feature_{full_size}"][:batch], data[f"tokens_{full_size}"][:batch], "dot")
     torch.testing.assert_close(raw, data["score_map_raw"], **EXACT)
     images = stub_images(data, batch)
     network = StubNetwork(images, [1.0], [{"lam": raw}], flip=False)

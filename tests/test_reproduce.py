@@ -21,7 +21,7 @@ from test_tables import make_record
 from wsss import reproduce
 from wsss.reproduce import ReproduceError, Task, plan, read_state, run
 
-PARAMETERS = "seeds: int = 3  # how many\nrate: float = 0.5  # step size\nflip: bool = False  # mirror\nname: str = 'a'  # x"
+PARAMETERS = "seeds: int = 3  # x\nrate: float = 0.5  # x\nflip: bool = False  # x\nname: str = 'a'  # x"
 
 
 def write_notebook(path, *cells, parameters=PARAMETERS):
@@ -68,8 +68,9 @@ def test_plan_reads_text_as_the_declared_type(tmp_path):
 
 
 def test_plan_gives_shared_parameters_to_those_who_declare_them(tmp_path):
-    notebooks = [write_notebook(tmp_path / "00_a.ipynb"), write_notebook(tmp_path / "01_b.ipynb", parameters="x: int = 1")]
-    a, b = plan(notebooks, {}, {"seeds": 5, "x": 2})
+    first = write_notebook(tmp_path / "00_a.ipynb")
+    second = write_notebook(tmp_path / "01_b.ipynb", parameters="x: int = 1")
+    a, b = plan([first, second], {}, {"seeds": 5, "x": 2})
     assert a.parameters == {"seeds": 5} and b.parameters == {"x": 2}
 
 
@@ -117,7 +118,7 @@ def batch(tmp_path_factory):
     folder = tmp_path_factory.mktemp("batch")
     kill = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(60)"
     notebooks = [
-        write_notebook(folder / "notebooks/00_passes.ipynb", "from pathlib import Path", "print(seeds, Path.cwd().name)"),
+        write_notebook(folder / "notebooks/00_passes.ipynb", "import os", "print(seeds, os.getcwd().split('/')[-1])"),
         write_notebook(folder / "notebooks/01_fails.ipynb", "1", "raise ValueError('too few\\nimages')", "print('no')"),
         write_notebook(folder / "notebooks/02_dies.ipynb", "import os", "os._exit(3)", "print('no')"),
         write_notebook(folder / "notebooks/03_killed.ipynb", kill, "print('no')"),
@@ -307,7 +308,7 @@ ALL_PARAMETERS = (
     "dataset: str = 'embedded'  # x\ndata_root: str = ''  # x\nseeds: int = 3  # x\nretrain: bool = False  # x\n"
     "workers: int = 2  # x\nresults: str = '../results'  # x\nout: str = ''  # x"
 )
-WRITES = "from pathlib import Path\nif out:\n    Path(out, 'tables').mkdir(parents=True)\n    Path(out, 'tables/t.md').touch()"
+WRITES = "from pathlib import Path\nif out: Path(out, 'tables').mkdir()\nif out: Path(out, 'tables/t.md').touch()"
 READS = "print(dataset, seeds, retrain, len(list(Path(results, dataset).glob('runs/*/record.json'))), 'records')"
 
 FAILED = {"state": "failed", "cell": 2, "error": "ZeroDivisionError", "message": "division by zero"}

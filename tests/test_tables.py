@@ -82,7 +82,8 @@ def test_frame_refuses_class_lists_of_another_length():
 
 
 def test_summary_is_a_mean_over_seeds():
-    rows = tables.frame([scored("full", seed, miou) for seed, miou in enumerate((0.5, 0.6, 0.7))] + [scored("x", 0, 0.4)])
+    records = [scored("full", seed, miou) for seed, miou in enumerate((0.5, 0.6, 0.7))]
+    rows = tables.frame([*records, scored("x", 0, 0.4)])
     result = tables.summary(rows, ["arm"])
     assert result["arm"].tolist() == ["full", "x"] and result["n"].tolist() == [3, 1]
     np.testing.assert_allclose(result["mean"], [60.0, 40.0])

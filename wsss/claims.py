@@ -22,7 +22,7 @@ The verdict on a claim, fixed before the runs:
   (first arm - second arm), with its two-sided 95 % t interval.
 - supported: the whole interval lies on the claimed side of 0, or of the margin where the claim states one.
 - not supported: the whole interval lies on the other side.
-- inconclusive: the interval holds 0 (or the margin), or there are fewer than {SEEDS_NEEDED} seeds, which the verdict says.
+- inconclusive: the interval holds 0 (or the margin), or there are fewer than {SEEDS_NEEDED} seeds, which is then said.
 - A ranking is supported when every step between neighbours is, not supported when any step is not supported, and
   inconclusive otherwise; its effect and interval are those of the step that decides, the one with the least room.
 - not testable here: the claim needs data, models or measurements that this workbook does not have.

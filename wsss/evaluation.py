@@ -64,7 +64,7 @@ class EvalConfig:
 class Request:
     """One score: a protocol, the map it reads ("decoder" for the decoder), with a CRF or without.
 
-    `threshold` replaces the recipe's background score, for sweeps.
+    `threshold` replaces the recipe's background score, for sweeps; neither the decoder nor a CRF reads one.
     """
 
     protocol: str
@@ -77,6 +77,8 @@ class Request:
             raise ValueError(f"protocol {self.protocol!r} is not one of {', '.join(PROTOCOLS)}")
         if (self.protocol == "decoder") != (self.map == "decoder"):
             raise ValueError(f"protocol {self.protocol!r} cannot score the map {self.map!r}")
+        if self.threshold is not None and (self.crf or self.map == "decoder"):
+            raise ValueError(f"{self.key}: only a map without a CRF has a threshold; leave `threshold` out")
 
     @property
     def key(self) -> str:
@@ -113,9 +115,9 @@ def evaluate(
     matrices = {request.key: ConfusionMatrix(len(dataset.classes) + 1) for request in requests}
     total = len(dataset) if images is None else min(images, len(dataset))
     bar = tqdm(total=total, desc=f"evaluating {dataset.split}", unit="image", disable=not progress, leave=False)
-    for samples in _batches(dataset, total, config.eval_size):
+    for samples in _batches(dataset, total):
         inputs = torch.stack([resize_for_evaluation(s.image, config.eval_size or None) for s in samples]).to(device)
-        scores = _scores(method, inputs, requests, config)
+        scores = _scores(method, inputs, tuple(samples[0].mask.shape), requests, config)
         for request in requests:
             predictions = _predictions(request, scores, samples, config)
             for prediction, sample in zip(predictions, samples):
@@ -138,23 +140,31 @@ def _check(dataset: Dataset, requests: list[Request], labels_on_held_out: bool) 
         )
 
 
-def _batches(dataset: Dataset[Sample], total: int, eval_size: int) -> Iterator[list[Sample]]:
-    """Runs of consecutive images that fit into one batch: of one input size, at most `BATCH` of them."""
+def _batches(dataset: Dataset[Sample], total: int) -> Iterator[list[Sample]]:
+    """Runs of consecutive images that fit into one batch: of one size, at most `BATCH` of them."""
     samples = (dataset[index] for index in range(total))
-    for _, run in groupby(samples, key=lambda s: 0 if eval_size else s.image.shape):
+    for _, run in groupby(samples, key=lambda s: s.image.shape):
         while batch := list(islice(run, BATCH)):
             yield batch
 
 
-def _scores(method: nn.Module, inputs: Tensor, requests: list[Request], config: EvalConfig) -> dict[str, Tensor]:
-    """Everything the requests need, at input size: decoder logits, normalised maps, predicted image labels (B, C)."""
+def _scores(
+    method: nn.Module, inputs: Tensor, size: tuple[int, int], requests: list[Request], config: EvalConfig
+) -> dict[str, Tensor]:
+    """Everything the requests need: decoder logits at the `size` of the truth, where the released code fuses scales;
+    normalised maps at input size; predicted image labels (B, C).
+    """
     names = {request.map for request in requests}
     scores = {}
     if "decoder" in names:
-        if method.segment(inputs[:1]) is None:
-            raise ValueError(f"{type(method).__name__} has no decoder: the protocol `decoder` does not apply")
-        size = tuple(inputs.shape[-2:])
-        scores["decoder"] = multi_scale_logits(method.segment, inputs, config.decoder_scales, size, config.eval_flip)
+
+        def segment(images: Tensor) -> Tensor:
+            logits = method.segment(images)
+            if logits is None:
+                raise ValueError(f"{type(method).__name__} has no decoder: the protocol `decoder` does not apply")
+            return logits
+
+        scores["decoder"] = multi_scale_logits(segment, inputs, config.decoder_scales, size, config.eval_flip)
     wanted = (names - {"decoder", "fused"}) | ({"cam", "lam"} if "fused" in names else set())
     if wanted:
         present = {}

@@ -65,13 +65,26 @@ def _layers(method: str) -> dict:
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
         raise ValueError(f"{path.name}: there is no recipe for the method {method!r}; known: {known}")
-    return tomllib.loads(path.read_text())
+    try:
+        own = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name}: this is not valid TOML: {error}") from error
+    inherited = own.pop("inherits", None)
+    return _laid_over(_layers(inherited), own) if inherited else own
+
+
+def _laid_over(below: dict, above: dict) -> dict:
+    """Two trees of layers in one; where both have an entry, that of `above` stands."""
+    if set(above) & {"value", "source"} or not isinstance(below, dict):
+        return above
+    return below | {name: _laid_over(below.get(name), layer) if isinstance(layer, dict) else layer for name, layer in above.items()}
 
 
 def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
     """Every number of a recipe with the place it comes from: name -> {"value", "source"}.
 
-    The layers of the TOML file are laid over each other: base, variant, dataset, variant of the dataset.
+    The layers of the TOML file are laid over each other: base, variant, dataset, variant of the dataset. A file that
+    `inherits` another method's goes on top of it, a dataset that is `like` another one on top of that one.
 
     Raises:
         ValueError: unknown variant or dataset, a field that no config knows, or one that is missing.
@@ -81,15 +94,22 @@ def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
     layers = _layers(method)
     if dataset not in layers["dataset"]:
         raise ValueError(f"{method}.toml has no recipe for {dataset!r}; it has {', '.join(layers['dataset'])}")
-    own = layers["dataset"][dataset]
-    entries = dict(layers["base"])
-    for layer in (layers.get("variant", {}).get(variant, {}), own, own.get("variant", {}).get(variant, {})):
-        entries |= {name: entry for name, entry in layer.items() if name != "variant"}
+    chain = [layers["dataset"][dataset]]
+    while (like := chain[0].get("like")) is not None:
+        if layers["dataset"].get(like) in (None, *chain):
+            raise ValueError(f"{method}.toml [dataset.{dataset}]: like = {like!r} is no other recipe of this file")
+        chain.insert(0, layers["dataset"][like])
+    stack = [layers["base"], layers.get("variant", {}).get(variant, {})]
+    for own in chain:
+        stack += [own, own.get("variant", {}).get(variant, {})]
+    entries = {}
+    for layer in stack:
+        entries |= {name: entry for name, entry in layer.items() if name not in ("variant", "like")}
     known = _field_names(method)
     for name, entry in entries.items():
         _require_known(name, known, f"{method}.toml")
-        if set(entry) != {"value", "source"}:
-            raise ValueError(f"{method}.toml: {name} needs exactly `value` and `source`, not {sorted(entry)}")
+        if not isinstance(entry, dict) or set(entry) != {"value", "source"}:
+            raise ValueError(f"{method}.toml: {name} needs exactly `value` and `source`, not {entry}")
     missing = sorted(known - set(entries))
     if missing:
         raise ValueError(f"{method}.toml [{dataset}, {variant}]: missing {', '.join(missing)}")
@@ -146,13 +166,14 @@ class Experiment:
             ValueError: an override names an unknown field or has another type than the recipe's value.
         """
         recipe = {name: entry["value"] for name, entry in recipe_entries(self.method, self.variant, self.dataset).items()}
+        types = {f.name: f.type for config in _configs(self.method) for f in fields(config)}
         for name, value in self.overrides:
             _require_known(name, set(recipe), "overrides")
             old = recipe[name]
-            numbers = isinstance(old, int | float) and isinstance(value, int | float)
+            numbers = isinstance(old, int | float) and isinstance(value, int if types[name] is int else int | float)
             if isinstance(old, bool) != isinstance(value, bool) or not (numbers or isinstance(value, type(old))):
                 raise ValueError(f"overrides: {name} = {value!r} has the wrong type; the recipe has {old!r}")
-            recipe[name] = value
+            recipe[name] = old if value == old else value  # 20.0 is the recipe's 20: the same run
         return recipe
 
     @property
@@ -359,7 +380,7 @@ def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: 
     )
 
 
-TRAIN_SPLIT = {"embedded": "train", "voc2012": "train_aug"}
+TRAIN_SPLIT = {"embedded": "train", "voc2012": "train_aug", "coco2014": "train"}
 
 
 def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Request]]]:
@@ -436,7 +457,7 @@ def run_all(
     Raises:
         RuntimeError: a run failed; the message names it and its error. The others are finished first.
     """
-    done, failures = {}, []
+    failures = []
     bar = tqdm(total=len(experiments), desc="runs", unit="run", disable=not progress)
     missing = [e for e in experiments if read_state(Path(runs) / e.name)["state"] != "done"]
     bar.update(len(experiments) - len(missing))

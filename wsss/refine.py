@@ -145,7 +145,8 @@ def refine_with_background(
         F.pad(kept, (0, 0, 0, 0, 1, 0), value=score).masked_fill(~used, -torch.inf).softmax(1) for score in (high, low)
     ]
     refined = resize(par(resize(images, small), torch.cat(scores, dim=1)), (height, width))
-    slot_high, slot_low = (part.masked_fill(~used, -torch.inf).argmax(1) for part in refined.chunk(2, dim=1))
+    # `max` gives the same index as `argmax`, several times faster over this dimension on a CPU.
+    slot_high, slot_low = (part.masked_fill(~used, -torch.inf).max(1).indices for part in refined.chunk(2, dim=1))
     label = classes.gather(1, slot_high.flatten(1)).view(batch, height, width)
     return label.masked_fill((slot_high == 0) & (slot_low > 0), UNCERTAIN)
 

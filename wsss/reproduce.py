@@ -69,7 +69,7 @@ def find_notebooks(numbers: Iterable[str] = (), folder: Path = NOTEBOOKS) -> lis
     unknown = [number for number in numbers if not any(path.name.startswith(f"{number}_") for path in known)]
     if unknown or not known:
         listed = ", ".join(path.stem for path in known) or "none"
-        raise ReproduceError(f"{_shown(folder)}: no notebook {', '.join(unknown)}; there are: {listed}")
+        raise ReproduceError(f"{_shown(folder)}: no notebook {', '.join(unknown) or 'with a number'}; there are: {listed}")
     return [path for path in known if not numbers or path.name.split("_")[0] in numbers]
 
 
@@ -210,8 +210,8 @@ def cores() -> int:
 def run(tasks: Sequence[Task], out: str | Path, at_once: int | None = None) -> dict[str, dict]:
     """Execute what is not done yet, `at_once` notebooks side by side (default: half as many as there are cores).
 
-    Executed notebooks and their states go to <out>/notebooks, what their processes print to <out>/log. One progress line a
-    notebook is drawn on stderr. Interrupting this process stops the notebooks; a later call goes on from there.
+    Executed notebooks and their states go to <out>/notebooks, what their processes print to <out>/log. One progress
+    line a notebook is drawn on stderr. Interrupting this process stops the notebooks; a later call goes on from there.
 
     Returns:
         Name of each task -> its state in the end.
@@ -232,8 +232,9 @@ def run(tasks: Sequence[Task], out: str | Path, at_once: int | None = None) -> d
             while queue or running:
                 while queue and len(running) < (at_once or max(1, cores() // 2)):
                     task = queue.pop(0)
-                    running[task.name] = context.Process(target=_work, args=(task, out.resolve()), daemon=True)
-                    running[task.name].start()
+                    process = context.Process(target=_work, args=(task, out.resolve()), daemon=True)
+                    process.start()
+                    running[task.name] = process
                 wait([process.sentinel for process in running.values()], timeout=0.5)
                 for name in [name for name, process in running.items() if not process.is_alive()]:
                     _close(out, name, running.pop(name).exitcode)
@@ -402,8 +403,8 @@ def _without_machine_paths(text: str) -> str:
 def publish(out: Path, notebooks: Sequence[Path], results: Path = RESULTS) -> dict[str, dict]:
     """Make a finished reproduction the committed one.
 
-    Copies its records and tables to <results>/<dataset>/, executes `notebooks` with their default parameters, which read
-    those records, and puts the executed ones in place of the old, all of them or none.
+    Copies its records and tables to <results>/<dataset>/, executes `notebooks` with their default parameters, which
+    read those records, and puts the executed ones in place of the old, all of them or none.
 
     Args:
         out: folder of a reproduction of all `notebooks` with three seeds or more.
@@ -487,8 +488,11 @@ def command(arguments: argparse.Namespace) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+    place = out / "publish" if arguments.publish else out
     for name, state in states.items():
         print(f"{name}: {describe(state)}")
+        if state["state"] != "done":
+            print(f"  see {_shown(place / 'notebooks' / name)}.ipynb and {_shown(place / 'log' / name)}.log")
     for table in _tables(out):
         print(_shown(table))
     return 0 if all(state["state"] == "done" for state in states.values()) else 1

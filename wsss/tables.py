@@ -83,6 +83,18 @@ def frame(records: Sequence["Record"]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def select(frame: pd.DataFrame, **where: object) -> pd.DataFrame:
+    """The rows of a long frame whose columns have the given values: a value, or a list of allowed ones.
+
+    Raises:
+        KeyError: the frame has no such column.
+    """
+    chosen = pd.Series(True, frame.index)
+    for column, value in where.items():
+        chosen &= frame[column].isin(value if isinstance(value, list) else [value])
+    return frame[chosen]
+
+
 def summary(frame: pd.DataFrame, by: str | Sequence[str]) -> pd.DataFrame:
     """Mean and spread over seeds.
 
@@ -257,8 +269,10 @@ def provenance(records: Sequence["Record"]) -> pd.DataFrame:
     rows = []
     for record in records:
         about = dict(record.environment)
-        commit = str(about.pop("commit")) + (" + uncommitted changes" if about.pop("uncommitted_changes", False) else "")
-        machine = ", ".join([str(about.pop("machine")), f"{about.pop('threads')} thread(s) a run"])
+        changed = about.pop("uncommitted_changes", False)
+        commit = about.pop("commit") + (" + uncommitted changes" if changed else "")
+        machine = f"{about.pop('machine')}, {about.pop('threads')} thread(s) a run"
+        about.pop("device", None)  # the machine's name tells
         versions = ", ".join(f"{name} {value}" for name, value in about.items())
         place = (record.method, record.variant, record.identity, commit, versions, machine)
         rows.append((*place, record.seed, record.wall_seconds, record.peak_memory_mb))

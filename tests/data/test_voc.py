@@ -374,7 +374,7 @@ def test_check_tells_everything_that_is_wrong(voc, root):
     expected = ["labels", "labels", "missing", "overlap", "size", "surplus", "unreadable", "values"]
     assert sorted(kinds(report)) == expected
     text = str(report)
-    for word in ("8 problems", "a1.jpg", "a2.jpg", "a3.png", "b1.png", "stray.png", "train.txt", "b2.xml"):
+    for word in ("wrong: 8", "a1.jpg", "a2.jpg", "a3.png", "b1.png", "stray.png", "train.txt", "b2.xml"):
         assert word in text
 
 
@@ -382,6 +382,12 @@ def test_check_tells_which_lists_are_missing(voc, root):
     (voc / "ImageSets" / "Segmentation" / "val.txt").unlink()
     report = check(root)
     assert kinds(report) == ["missing"] and "val.txt" in str(report)
+
+
+def test_check_tells_a_problem_of_two_splits_once(voc, root):
+    file = voc / "Annotations" / "a1.xml"
+    file.write_text(file.read_text().replace("<name>person", "<name>zebra"))
+    assert kinds(check(root)) == ["labels"]
 
 
 def test_check_shortens_long_lists_of_problems(voc, root):

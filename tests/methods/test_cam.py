@@ -4,6 +4,7 @@ import pytest
 import torch
 from base import MethodTester
 
+from wsss.experiments import Experiment
 from wsss.methods import find
 from wsss.methods.cam import Cam, CamConfig
 
@@ -57,7 +58,13 @@ def test_names_find_their_class():
         find("cams")
 
 
-def test_thresholds_and_starts_have_the_released_defaults():
-    config = CamConfig()
-    assert tuple(config.ptc_thresholds) == tuple(config.label_thresholds) == (0.7, 0.25)
-    assert config.seg_start == 2001
+def test_defaults_are_the_numbers_of_the_recipe_for_voc():
+    assert Experiment("cam", "released", "voc2012", seed=0).config(CamConfig) == CamConfig()
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "voc2012-cpu", "coco2014"])
+def test_baseline_and_more_share_their_common_numbers(dataset):
+    """Only what MoRe's variants are about may differ, or a comparison would compare something else."""
+    recipes = [Experiment(name, "released", dataset, seed=0).recipe() for name in ("cam", "more")]
+    different = {key for key in recipes[0] if recipes[0][key] != recipes[1][key]}
+    assert different <= {"registers", "token_init", "pos_resize"}

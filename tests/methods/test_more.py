@@ -7,6 +7,7 @@ from test_cam import SMALL
 from torch.testing import assert_close
 
 from wsss.backbones.vit import MultiTokenViT
+from wsss.experiments import Experiment
 from wsss.maps import three_way
 from wsss.methods.more import (
     GraphCategoryRepresentation,
@@ -230,6 +231,8 @@ class TestKernelSearch:
     def test_more_ure_published_golden_search(self, golden, kernel):
         arrays = golden("more_ure_published")
         mask, phi = arrays["M_a"], arrays["phi"]
+        thresholds = arrays["lambda_high"], arrays["lambda_low"]
+        assert torch.equal(three_way(arrays["cam"], arrays["labels"], *thresholds, strict=True), mask)
         sums, selected = kernel_search(mask, kernel, phi)
         assert torch.equal(sums, arrays[f"kernel_sum_d{kernel}"])
         assert torch.equal(selected, arrays[f"selected_d{kernel}"])
@@ -280,15 +283,16 @@ class TestCornerSearch:
             per_token.append(uncertain_relation_loss_released(classes, as_patches(features), labels, only).detach())
         assert_close(torch.stack(per_token), arrays["per_token_loss"], **EXACT)
 
-    def test_random_choice_keeps_eight_of_the_accepted_and_changes_with_the_seed(self, golden):
-        mask = golden("more_ure_released")["mask"]
+    def test_random_choice_keeps_eight_of_the_accepted_and_changes_with_the_seed(self):
+        mask = torch.ones(1, 14, 14, dtype=torch.long)
+        mask[:, ::2, ::2] = 255
         draws = set()
         for seed in range(5):
             torch.manual_seed(seed)
             tokens = corner_search(mask, 6, 1.2, 8)
-            kept = tokens.index[0][tokens.chosen[0]]
-            assert len(kept) == len(kept.unique()) == 8
-            assert tokens.accepted[0].flatten()[kept].all()
+            kept = tokens.index[tokens.chosen]
+            assert len(kept) == len(kept.unique()) == 8 < tokens.accepted.sum()
+            assert tokens.accepted.flatten()[kept].all()
             draws.add(tuple(sorted(kept.tolist())))
         assert len(draws) > 1
 
@@ -454,3 +458,24 @@ def test_backbone_needs_one_class_token_per_class():
 def test_unknown_variant_is_an_error():
     with pytest.raises(ValueError, match="variant 'paper' is unknown; choose one of published, released"):
         MoReConfig(variant="paper")
+
+
+@pytest.mark.parametrize("variant", ["published", "released"])
+@pytest.mark.parametrize("dataset", ["embedded", "voc2012", "voc2012-cpu", "coco2014"])
+def test_recipe_is_complete_and_follows_the_variant(variant, dataset):
+    experiment = Experiment("more", variant, dataset, seed=0)
+    config, recipe = experiment.config(MoReConfig), experiment.recipe()
+    assert config.variant == variant
+    assert (config.mask_switch == 0) == (variant == "published")
+    assert ("cam" in recipe["map_relu"]) == (config.cam_activation == "relu")
+    assert config.seg_start < recipe["steps"] and config.cre_start < recipe["steps"]
+
+
+def test_recipe_of_voc_holds_the_papers_numbers():
+    published = Experiment("more", "published", "voc2012", seed=0).recipe()
+    numbers = ("weight_cre", "weight_ure", "weight_seg", "kernel_proportion", "lr", "crop")
+    assert [published[name] for name in numbers] == [0.2, 0.1, 0.12, 1.2, 6e-5, 448]
+    graph = GraphCategoryRepresentation(4, "published", published["neighbour_ratio"])
+    assert graph.count_neighbours(20, (448 // 16) ** 2) == 392
+    released = Experiment("more", "released", "voc2012", seed=0).config(MoReConfig)
+    assert released == MoReConfig(), "the defaults of the configuration are the released numbers"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -138,4 +138,4 @@ def pretrain(epochs: int = 24, batch_size: int = 64, lr: float = 1.5e-3, seed: i
         print(log.splitlines()[-1], flush=True)
         write_atomic(out.with_suffix(".log.csv"), log)
         weights = {key: value.half().contiguous() for key, value in model.vit.state_dict().items() if "head" not in key}
-        save_file(weights, out)
+        write_atomic(out, save(weights))

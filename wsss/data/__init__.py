@@ -28,7 +28,7 @@ class Sample:
 
     Attributes:
         image: uint8 (3, H, W), RGB.
-        label: float32 (C,), 1 where the class is in the image, else 0.
+        label: float32 (C,), 1 where the class is in the image, else 0; NaN where no label is published (VOC test).
         mask: int64 (H, W) with 0 background, 1..C class (index + 1), 255 void; None where no mask is published.
         name: identifies the image within its dataset.
     """

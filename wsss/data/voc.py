@@ -195,8 +195,8 @@ def read_pair(image_file: Path, mask_file: Path | None) -> tuple[Tensor, Tensor 
     if mask.shape != image.shape[1:]:
         (h, w), (height, width) = mask.shape, image.shape[1:]
         raise DataError(
-            f"{mask_file}: the mask is {w}x{h} pixels, its image {image_file.name} {width}x{height}. Copy both again from "
-            "the devkit, or resize both alike.",
+            f"{mask_file}: the mask is {w}x{h} pixels, its image {image_file.name} {width}x{height}. Copy both again "
+            "from the devkit, or resize both alike.",
             "size",
         )
     return image, mask
@@ -393,7 +393,7 @@ class Report:
         for index, name in enumerate(VOC_CLASSES):
             counts = "".join(f"{report.class_counts[index]:>11,}" for report in self.splits.values())
             lines.append(f"  {name:<12}{counts}")
-        lines += ["", f"{len(self.problems):,} problems" if self.problems else "nothing is wrong"]
+        lines += ["", f"wrong: {len(self.problems):,}" if self.problems else "nothing is wrong"]
         for kind in dict.fromkeys(problem.kind for problem in self.problems):
             messages = [str(problem) for problem in self.problems if problem.kind == kind]
             lines += [f"  {kind}: {len(messages):,}", *(f"    {message}" for message in messages[:10])]
@@ -442,8 +442,8 @@ def check(root: str | Path, progress: Callable[[Sequence], Iterable] = iter) -> 
             labels, source = torch.zeros(1, len(VOC_CLASSES)), "none"
         splits[split] = SplitReport(len(ids[split]), source, tuple(labels.nansum(0).long().tolist()))
     problems += _overlaps(devkit, ids) + _surplus_masks(devkit, ids)
-    first_split = {name: split for split in reversed(ids) for name in ids[split]}
-    for name, split in progress(list(first_split.items())):
+    split_of = {name: split for split in ids for name in ids[split]}
+    for name, split in progress(list(split_of.items())):
         try:
             read_pair(*devkit.paths(name, split))
         except DataError as error:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.data.transforms import denormalise
 from wsss.losses import dense_energy_loss, ptc_loss, segmentation_loss
-from wsss.maps import multi_scale, resize, three_way
+from wsss.maps import minmax, multi_scale, resize, three_way
 from wsss.methods.decoder import LargeFOV
 from wsss.refine import PAR, refine_with_background
 
@@ -157,19 +157,15 @@ class Cam(nn.Module):
         """The maps that supervise, without gradient: `seed_maps` by name, (B, C, H, W) in 0..1.
 
         They are fused over `cam_scales` and mirror images. With a single scale of 1 and no mirror images they are those of
-        the training pass, `maps`, and nothing runs twice.
+        the training pass, `maps`, at the size of the patch grid (B, C, h, w): nothing runs twice.
         """
         config = self.config
-        cut = config.cam_activation == "relu"
-        relu = {name: cut and name.startswith("cam") for name in self.seed_maps}
-        once = tuple(config.cam_scales) == (1.0,) and not config.cam_flip
-        return multi_scale(
-            lambda inputs: maps if once else self.token_maps(self.encode(inputs)),
-            images,
-            config.cam_scales,
-            relu,
-            config.cam_flip,
-        )
+        relu = {name: config.cam_activation == "relu" and name.startswith("cam") for name in self.seed_maps}
+        if tuple(config.cam_scales) == (1.0,) and not config.cam_flip:
+            own = {name: maps[name].detach() for name in self.seed_maps}
+            return {name: minmax(values.relu() if relu[name] else values) for name, values in own.items()}
+        forward = lambda inputs: self.token_maps(self.encode(inputs))
+        return multi_scale(forward, images, config.cam_scales, relu, config.cam_flip)
 
     def classification_losses(self, maps: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Multi-label soft margin of the maps' maxima: L_cls and its auxiliary counterpart."""
@@ -196,9 +192,11 @@ class Cam(nn.Module):
             terms["ptc"] = config.weight_ptc * ptc_loss(features, label)
         if self.decoder is not None and step >= config.seg_start:
             size = images.shape[-2:]
-            rgb = denormalise(images).round().clamp(0, 255)
+            rgb = denormalise(images).clamp(0, 255)
+            seed = resize(seeds[self.label_map], size)
+            # PAR sees whole grey levels, as in the references.
             label = refine_with_background(
-                self.par, rgb, seeds[self.label_map], labels, *config.label_thresholds, config.par_down_scale
+                self.par, rgb.floor(), seed, labels, *config.label_thresholds, config.par_down_scale
             )
             logits = resize(self.decoder(features), size)
             terms["seg"] = config.weight_seg * segmentation_loss(logits, label)
