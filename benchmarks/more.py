@@ -1,7 +1,7 @@
 """How long MoRe's parts take: `python benchmarks/more.py`, less than a minute on one CPU core.
 
-1. L_ure (eqs. 8, 9) and the category graph (eqs. 1-5) against a plain loop over images, classes, patches and neighbours,
-   which computes the same numbers, as the number of patches grows.
+1. L_ure (eqs. 8, 9) and the category graph (eqs. 1-5) against plain loops over images, classes, patches and
+   neighbours, which compute the same numbers, as the number of patches grows.
 2. One training step of both variants, part by part, on the embedded benchmark's network.
 """
 
@@ -132,7 +132,8 @@ def _parts(variant: str, images: int) -> dict[str, float]:
     )
     backbone = MultiTokenViT(class_tokens=CLASSES, token_init="noise", pretrained=False)
     method = MoRe(config, CLASSES, backbone)
-    batch = {"image": torch.randn(images, 3, 80, 80), "label": F.one_hot(torch.arange(images) % CLASSES, CLASSES).float()}
+    labels = F.one_hot(torch.arange(images) % CLASSES, CLASSES).float()
+    batch = {"image": torch.randn(images, 3, 80, 80), "label": labels}
     tokens = method.encode(batch["image"])
     maps = method.token_maps(tokens)
     seeds = method.seeds(batch["image"], maps)

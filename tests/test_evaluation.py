@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from wsss.data.transforms import MEAN, STD
 from wsss.evaluation import EvalConfig, Request, evaluate
 from wsss.refine import dense_crf
 
-CONFIG = EvalConfig(
+CLASSES = 3
+NATIVE = EvalConfig(
     eval_size=0,
     map_scales=(1.0,),
     decoder_scales=(1.0,),
@@ -28,7 +29,9 @@ CONFIG = EvalConfig(
     train_images=0,
     decoder_crf=False,
 )
-SQUASHED = replace(CONFIG, eval_size=16, map_scales=(0.5, 1.0), decoder_scales=(1.0, 0.5), eval_flip=True, map_relu=("cam",))
+SQUASHED = replace(
+    NATIVE, eval_size=16, map_scales=(0.5, 1.0), decoder_scales=(1.0, 0.5), eval_flip=True, map_relu=("cam", "lam")
+)
 GIVEN = [Request("maps-given-labels", name) for name in ("cam", "cam_aux", "lam", "fused")]
 PREDICTED = [Request("maps-predicted-labels", name) for name in ("cam", "lam")]
 DECODER = Request("decoder")
@@ -39,26 +42,301 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-# What the method gives, on tensors and on arrays alike: the images' channels as three classes, on a grid half as fine.
+# What the method gives: functions of normalised images (..., 3, H, W), arrays, on a grid half as fine. A ramp from left
+# to right keeps a mirror image from giving the mirrored map.
 
 
-def pooled(images):
-    height, width = images.shape[-2:]
-    return images.reshape(*images.shape[:-2], height // 2, 2, width // 2, 2).mean((-3, -1))
-
-
-def leaning(values):
-    """A gradient from left to right, so that a mirror image does not give the mirrored map."""
-    return values + torch.linspace(0, 0.5, values.shape[-1], dtype=torch.float64).numpy().tolist()[-1] * 0 + slope(values)
-
-
-def slope(values):
-    ramp = np.linspace(0, 1, values.shape[-1])
-    return torch.from_numpy(ramp).to(values) if isinstance(values, torch.Tensor) else ramp
+def pooled(x):
+    height, width = x.shape[-2:]
+    x = x.reshape(*x.shape[:-2], height // 2, 2, width // 2, 2).mean((-3, -1))
+    return x + np.linspace(0, 1, width // 2)
 
 
 MAPS = {
-    "cam": lambda x: pooled(x) + slope(pooled(x)) - 0.5,
+    "cam": lambda x: pooled(x) - 0.5,
     "cam_aux": lambda x: -pooled(x),
-    "lam": lambda x: pooled(x)[..., [1, 2, 0], :, :] ** 2,
+    "lam": lambda x: pooled(x)[..., [1, 2, 0], :, :] ** 3,
 }
+
+
+def class_logits(x):
+    return x.mean((-2, -1), keepdims=True)
+
+
+def decoder_logits(x):
+    x = pooled(x)
+    return x[..., [0, 1, 2, 0], :, :] + 0.7 * x[..., [1, 2, 0, 2], :, :]
+
+
+class Stub(nn.Module):
+    """A method with these maps that counts its forward passes by kind and batch shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def _apply_to(self, function, images):
+        return torch.from_numpy(np.ascontiguousarray(function(images.double().numpy()))).float()
+
+    def maps(self, images):
+        self.calls["maps", tuple(images.shape)] += 1
+        return {name: self._apply_to(f, images) for name, f in (MAPS | {"class_logits": class_logits}).items()}
+
+    def segment(self, images):
+        self.calls["segment", tuple(images.shape)] += 1
+        return self._apply_to(decoder_logits, images)
+
+
+class Toy(torch.utils.data.Dataset):
+    """Images of two sizes, each channel bright or dark, with void pixels in the masks."""
+
+    identity, classes = "toy", ("a", "b", "c")
+
+    def __init__(self, split="train", sizes=((8, 12), (8, 12), (12, 8), (8, 12)), masks=True):
+        self.split, self.samples = split, []
+        rng = np.random.default_rng(0)
+        for index, size in enumerate(sizes):
+            bias = rng.permutation([50, 90, 150])[:, None, None]
+            image = (bias + rng.integers(0, 100, (3, *size))).astype(np.uint8)
+            mask = rng.choice([0, 1, 2, 255], size=size)
+            label = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]][index], np.float32)
+            mask = torch.from_numpy(mask) if masks else None
+            self.samples.append(Sample(torch.from_numpy(image), torch.from_numpy(label), mask, str(index)))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+# The same in plain numpy, one image at a time, pixel by pixel.
+
+
+def bilinear(x, size):
+    """Bilinear resize of (..., h, w) with pixel centres at half coordinates, clamped at the border."""
+    for axis, target in zip((-2, -1), size):
+        length = x.shape[axis]
+        place = np.clip((np.arange(target) + 0.5) * length / target - 0.5, 0, length - 1)
+        low = np.floor(place).astype(int)
+        high, share = np.minimum(low + 1, length - 1), place - low
+        share = share[:, None] if axis == -2 else share
+        x = np.take(x, low, axis) * (1 - share) + np.take(x, high, axis) * share
+    return x
+
+
+def network_input(sample, config):
+    x = (sample.image.numpy() / 255 - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
+    return bilinear(x, (config.eval_size,) * 2) if config.eval_size else x
+
+
+def minmax(x):
+    low, high = x.min((-2, -1), keepdims=True), x.max((-2, -1), keepdims=True)
+    return (x - low) / (high - low + 1e-5)
+
+
+def fused_map(name, sample, config):
+    if name == "fused":
+        return minmax(fused_map("cam", sample, config) * fused_map("lam", sample, config))
+    x = network_input(sample, config)
+    total = 0
+    for scale in config.map_scales:
+        scaled = bilinear(x, [int(scale * n) for n in x.shape[-2:]])
+        merged = bilinear(MAPS[name](scaled), x.shape[-2:])
+        if config.eval_flip:
+            merged = np.maximum(merged, bilinear(MAPS[name](scaled[..., ::-1]), x.shape[-2:])[..., ::-1])
+        total = total + (np.maximum(merged, 0) if name in config.map_relu else merged)
+    return minmax(total)
+
+
+def fused_logits(sample, config):
+    x, best = network_input(sample, config), -np.inf
+    for scale in config.decoder_scales:
+        scaled = bilinear(x, [int(scale * n) for n in x.shape[-2:]])
+        logits = bilinear(decoder_logits(scaled), sample.mask.shape)
+        if config.eval_flip:
+            logits = logits + bilinear(decoder_logits(scaled[..., ::-1]), sample.mask.shape)[..., ::-1]
+        best = np.maximum(best, logits)
+    return best
+
+
+def present_classes(request, sample, config):
+    given = request.protocol == "maps-given-labels"
+    scores = sample.label.numpy() if given else class_logits(network_input(sample, config))[:, 0, 0]
+    return [c for c in range(CLASSES) if scores[c] > 0]
+
+
+def predicted_mask(request, sample, config):
+    if request.map == "decoder":
+        return fused_logits(sample, config).argmax(0)
+    scores = bilinear(fused_map(request.map, sample, config), sample.mask.shape)
+    threshold = request.threshold
+    if threshold is None:
+        threshold = {"lam": config.threshold_lam, "fused": config.threshold_fused}.get(request.map, config.threshold_cam)
+    mask = np.zeros(scores.shape[-2:], int)
+    for i, j in np.ndindex(mask.shape):
+        best = max(present_classes(request, sample, config), key=lambda c: scores[c, i, j], default=None)
+        if best is not None and scores[best, i, j] > threshold:
+            mask[i, j] = best + 1
+    return mask
+
+
+def expected_iou(predictions, samples):
+    counts = np.zeros((CLASSES + 1, CLASSES + 1))
+    for prediction, sample in zip(predictions, samples):
+        for truth, guess in zip(sample.mask.numpy().ravel(), prediction.ravel()):
+            if truth != 255:
+                counts[truth, guess] += 1
+    union = [counts[k].sum() + counts[:, k].sum() - counts[k, k] for k in range(CLASSES + 1)]
+    return [counts[k, k] / union[k] if union[k] else np.nan for k in range(CLASSES + 1)]
+
+
+@pytest.mark.parametrize("config", [NATIVE, SQUASHED], ids=["native", "squashed"])
+def test_every_protocol_against_loops_over_pixels(config):
+    dataset, requests = Toy(), [*GIVEN, *PREDICTED, DECODER, Request("maps-given-labels", "cam", threshold=0.3)]
+    scores = evaluate(Stub(), dataset, requests, config, progress=False)
+    assert list(scores) == [request.key for request in requests]
+    for request in requests:
+        iou = expected_iou([predicted_mask(request, s, config) for s in dataset.samples], dataset.samples)
+        np.testing.assert_allclose(scores[request.key].iou, iou, rtol=1e-12, err_msg=request.key)
+    assert len({tuple(s.iou.nan_to_num(-1).tolist()) for s in scores.values()}) == len(requests), "all differ"
+    assert scores["decoder/decoder"].present.tolist() == [True, True, True, False], "void is no class"
+
+
+def test_only_the_first_images_are_scored_when_asked():
+    dataset = Toy()
+    scores = evaluate(Stub(), dataset, GIVEN, NATIVE, images=3, progress=False)
+    for request in GIVEN:
+        masks = [predicted_mask(request, s, NATIVE) for s in dataset.samples[:3]]
+        np.testing.assert_allclose(scores[request.key].iou, expected_iou(masks, dataset.samples[:3]), rtol=1e-12)
+
+
+def test_the_classes_that_the_method_predicts_filter_the_maps(monkeypatch):
+    method, dataset, lam = Stub(), Toy("test"), Request("maps-predicted-labels", "lam")
+    for logits in product([-1.0, 1.0], repeat=CLASSES):
+        column = np.array(logits)[:, None, None]
+        monkeypatch.setitem(globals(), "class_logits", lambda x: np.repeat(column[None], len(x), 0))
+        precision = evaluate(method, dataset, [lam], NATIVE, progress=False)[lam.key].precision
+        appearing = [value > 0 for value in logits]
+        assert (~precision[1:].isnan()).tolist() == appearing, "a class appears where its logit is above 0, only there"
+
+
+def test_requests_share_one_forward_pass_a_scale():
+    method, scales = Stub(), replace(NATIVE, map_scales=(1.0, 0.5), decoder_scales=(1.0, 1.5), eval_flip=True)
+    sweep = [Request("maps-given-labels", "cam", threshold=t) for t in (0.1, 0.5, 0.9)]
+    evaluate(method, Toy(), [*GIVEN, *PREDICTED, DECODER, *sweep], scales, progress=False)
+    runs = [(2, (8, 12)), (1, (12, 8)), (1, (8, 12))]  # neighbours of one size share a batch
+    expected = Counter()
+    for kind, factor in [("maps", 1), ("maps", 0.5), ("segment", 1), ("segment", 1.5)]:
+        for images, size in runs:
+            expected[kind, (2 * images, 3, *(int(factor * n) for n in size))] += 1
+    assert method.calls == expected
+
+
+def test_predicted_labels_come_from_the_images_own_size_whatever_the_scales():
+    method = Stub()
+    evaluate(method, Toy(), PREDICTED, replace(SQUASHED, map_scales=(0.5,)), progress=False)
+    assert {shape[-1] for _, shape in method.calls} == {8, 16}
+
+
+def test_eval_size_squashes_what_the_network_sees():
+    squashed, native = Stub(), Stub()
+    evaluate(squashed, Toy(), [DECODER, *GIVEN], SQUASHED, progress=False)
+    evaluate(native, Toy(), [DECODER, *GIVEN], NATIVE, progress=False)
+    assert {shape[-2:] for _, shape in squashed.calls} == {(16, 16), (8, 8)}
+    assert {shape[-2:] for _, shape in native.calls} == {(8, 12), (12, 8)}
+
+
+@pytest.mark.parametrize("plain_request", [GIVEN[0], GIVEN[3], *PREDICTED], ids=lambda r: r.key)
+def test_a_crf_refines_the_classes_that_may_appear(plain_request):
+    dataset, request = Toy(), replace(plain_request, crf=True)
+    scores = evaluate(Stub(), dataset, [request], SQUASHED, progress=False)[request.key]
+    masks = []
+    for sample in dataset.samples:
+        kept = present_classes(request, sample, SQUASHED)
+        maps = bilinear(fused_map(request.map, sample, SQUASHED), sample.mask.shape)[kept]
+        background = 1 - maps.max(0, keepdims=True, initial=0)
+        image, options = sample.image.permute(1, 2, 0), (SQUASHED.crf_gaussian, SQUASHED.crf_bilateral)
+        refined = dense_crf(image, np.concatenate([background, maps]), 10, *options).argmax(0).numpy()
+        masks.append(np.array([0, *(c + 1 for c in kept)])[refined])
+    np.testing.assert_allclose(scores.iou, expected_iou(masks, dataset.samples), rtol=1e-12)
+    plain = evaluate(Stub(), dataset, [plain_request], SQUASHED, progress=False)[plain_request.key]
+    assert scores.iou.tolist() != plain.iou.tolist()
+
+
+@pytest.mark.parametrize("label", [[0, 1, 0], [1, 0, 1], [0, 0, 0]])
+def test_no_absent_class_comes_out_of_the_crf(label):
+    dataset, request = Toy(sizes=((8, 12),)), Request("maps-given-labels", "lam", crf=True)
+    dataset.samples[0].label = torch.tensor(label, dtype=torch.float32)
+    precision = evaluate(Stub(), dataset, [request], NATIVE, progress=False)[request.key].precision
+    assert precision[1:][torch.tensor(label) == 0].isnan().all(), "never predicted"
+    assert not precision[0].isnan()
+
+
+def test_the_decoder_after_a_crf():
+    dataset, request = Toy("test"), Request("decoder", crf=True)
+    scores = evaluate(Stub(), dataset, [request, DECODER], NATIVE, progress=False)
+    masks = []
+    for sample in dataset.samples:
+        logits = np.exp(fused_logits(sample, NATIVE))
+        image, options = sample.image.permute(1, 2, 0), (NATIVE.crf_gaussian, NATIVE.crf_bilateral)
+        masks.append(dense_crf(image, logits / logits.sum(0), 10, *options).argmax(0).numpy())
+    np.testing.assert_allclose(scores["decoder/decoder+crf"].iou, expected_iou(masks, dataset.samples), rtol=1e-12)
+    assert scores["decoder/decoder+crf"].iou.tolist() != scores["decoder/decoder"].iou.tolist()
+
+
+def test_labels_on_a_held_out_split_only_on_request():
+    with pytest.raises(ValueError, match="maps-given-labels on the split 'val' .* ground truth at test time.*predicted"):
+        evaluate(Stub(), Toy("val"), [DECODER, *GIVEN], NATIVE, progress=False)
+    asked = evaluate(Stub(), Toy("val"), GIVEN, NATIVE, labels_on_held_out=True, progress=False)
+    usual = evaluate(Stub(), Toy("train_aug"), GIVEN, NATIVE, progress=False)
+    assert all(torch.equal(asked[key].iou, usual[key].iou) for key in usual)
+    assert evaluate(Stub(), Toy("val"), [DECODER, *PREDICTED], NATIVE, progress=False)
+
+
+def test_a_split_without_masks_is_refused():
+    with pytest.raises(ValueError, match="toy: the split 'test' has no masks"):
+        evaluate(Stub(), Toy("test", masks=False), [DECODER], NATIVE, progress=False)
+
+
+def test_a_method_without_decoder_is_refused_and_its_maps_are_not():
+    method = Stub()
+    method.segment = lambda images: None
+    with pytest.raises(ValueError, match="Stub has no decoder: the protocol `decoder` does not apply"):
+        evaluate(method, Toy(), [DECODER], NATIVE, progress=False)
+    assert evaluate(method, Toy(), GIVEN, NATIVE, progress=False)
+
+
+def test_an_unknown_map_is_named_with_the_known_ones():
+    with pytest.raises(KeyError, match="no map \"attention\"; this method returns cam, cam_aux, class_logits, lam"):
+        evaluate(Stub(), Toy(), [Request("maps-given-labels", "attention")], NATIVE, progress=False)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"protocol": "oracle"}, "'oracle' is not one of decoder, maps-given-labels, maps-predicted-labels"),
+        ({"protocol": "decoder", "map": "cam"}, "'decoder' cannot score the map 'cam'"),
+        ({"protocol": "maps-given-labels"}, "'maps-given-labels' cannot score the map 'decoder'"),
+        ({"protocol": "decoder", "threshold": 0.5}, "decoder/decoder@0.5: only a map without a CRF has a threshold"),
+        ({"protocol": "maps-given-labels", "map": "cam", "crf": True, "threshold": 0.5}, "leave `threshold` out"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**fields)
+
+
+def test_no_requests_is_an_error():
+    with pytest.raises(ValueError, match="no requests"):
+        evaluate(Stub(), Toy(), [], NATIVE, progress=False)
+
+
+def test_keys_name_protocol_map_crf_and_threshold():
+    assert DECODER.key == "decoder/decoder"
+    assert Request("maps-given-labels", "lam", crf=True).key == "maps-given-labels/lam+crf"
+    assert Request("maps-predicted-labels", "cam", threshold=0.25).key == "maps-predicted-labels/cam@0.25"
+
+
+def test_thresholds_by_map_name():
+    assert [NATIVE.threshold(name) for name in ("cam", "cam_aux", "lam", "fused")] == [0.6, 0.6, 0.3, 0.2]

@@ -18,7 +18,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from test_tables import make_record
 
-from wsss import reproduce
+from wsss import reproduce, states
 from wsss.reproduce import ReproduceError, Task, plan, read_state, run
 
 PARAMETERS = "seeds: int = 3  # x\nrate: float = 0.5  # x\nflip: bool = False  # x\nname: str = 'a'  # x"
@@ -279,8 +279,8 @@ def test_stopping_the_batch_stops_its_notebooks(tmp_path):
     worker = read_state(tmp_path / "out", "00_sleeps")["pid"]
     process.terminate()
     process.communicate(timeout=60)
-    assert not reproduce.alive(worker)
-    assert not reproduce.alive(int(texts(tmp_path / "out/notebooks/00_sleeps.ipynb"))), "the kernel is gone, too"
+    assert not states.alive(worker)
+    assert not states.alive(int(texts(tmp_path / "out/notebooks/00_sleeps.ipynb"))), "the kernel is gone, too"
     state = json.loads(reproduce.state_path(tmp_path / "out", "00_sleeps").read_text())
     assert state["state"] == "killed" and state["cell"] == 3
     assert read_state(tmp_path / "out", "01_waits")["state"] == "queued"

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wsss", description="Replications in weakly supervised segmentation.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data(commands)
+    _add_reproduce(commands)
+    _add_pretrain(commands)
     return parser
 
 
@@ -42,3 +45,29 @@ def _data_check(arguments: argparse.Namespace) -> int:
         return 1
     print(report)
     return 1 if report.problems else 0
+
+
+def _add_reproduce(commands: argparse._SubParsersAction) -> None:
+    from wsss import reproduce
+
+    parser = commands.add_parser("reproduce", help="run the notebooks in a batch and write every table")
+    reproduce.add_arguments(parser)
+    parser.set_defaults(run=reproduce.command)
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("pretrain", help="pretrain the tiny backbone of the embedded benchmark (half an hour)")
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: the committed weights, which are replaced")
+    parser.set_defaults(run=_pretrain)
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from wsss.backbones.pretrain import pretrain
+    from wsss.backbones.vit import TINY_WEIGHTS
+
+    pretrain(arguments.epochs, arguments.batch_size, arguments.lr, arguments.seed, arguments.out or TINY_WEIGHTS)
+    return 0

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from wsss import methods
+from wsss import methods, states
 from wsss.backbones.vit import TINY, TINY_WEIGHTS, MultiTokenViT
 from wsss.data import Sample, load_dataset
 from wsss.evaluation import EvalConfig, Request, evaluate
@@ -264,23 +264,7 @@ class Record:
 
 def read_state(folder: Path) -> dict:
     """A run's true state: absent, running, failed (with `error`), killed, or done."""
-    path = folder / "state.json"
-    if not path.exists():
-        return {"state": "absent"}
-    state = json.loads(path.read_text())
-    if state["state"] == "running" and not _alive(state["pid"]):
-        state["state"] = "killed"
-    return state
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return states.read_state(folder / "state.json")
 
 
 def load_records(experiments: Sequence[Experiment], runs: Path) -> list[Record]:

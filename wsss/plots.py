@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from wsss.data import Sample, co_occurrence
 from wsss.data.classes import palette
 
 UNCERTAIN_COLOUR = (0.85, 0.85, 0.85)
@@ -99,14 +101,48 @@ def windows(ax: Axes, values: Tensor, boxes: Sequence[tuple[int, int, int, str]]
     ax.set_title(title, fontsize=9)
 
 
-def matrix(values: np.ndarray | Tensor, rows: Sequence[str], columns: Sequence[str], title: str, form: str = ".2f"):
-    """A matrix with its numbers written in."""
+def matrix(
+    values: np.ndarray | Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    form: str = ".2f",
+    ax: Axes | None = None,
+) -> None:
+    """A matrix with its numbers written in, as a figure of its own or on `ax`; NaN stays blank."""
     values = np.asarray(values)
-    figure, ax = plt.subplots(figsize=(1.6 + 0.55 * len(columns), 1.2 + 0.4 * len(rows)), layout="constrained")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(1.6 + 0.55 * len(columns), 1.2 + 0.4 * len(rows)), layout="constrained")
     sns.heatmap(values, annot=True, fmt=form, cmap="mako_r", cbar=False, ax=ax, annot_kws={"size": 8})
     ax.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=45, ha="right", fontsize=8)
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0, fontsize=8)
     ax.set_title(title, fontsize=10)
+
+
+def co_occurrences(datasets: Sequence[Dataset[Sample]]) -> None:
+    """P(column | row) of the image-level labels, one panel a dataset; a class in no image has a blank row."""
+    classes = datasets[0].classes
+    size = (0.8 + 0.36 * len(classes) * len(datasets), 1.2 + 0.3 * len(classes))
+    _, axes = plt.subplots(1, len(datasets), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for ax, dataset in zip(axes[0], datasets):
+        title = f"{dataset.split}: P(column in the image | row in the image)"
+        matrix(co_occurrence(dataset.labels), classes, classes, title, ".1f", ax)
+
+
+def samples(datasets: Sequence[Dataset[Sample]], count: int) -> None:
+    """The first `count` images of each dataset above their masks, and the colours of the classes."""
+    classes = datasets[0].classes
+    axes = table_of_axes(2 * len(datasets), count)
+    for dataset, images, masks in zip(datasets, axes[::2], axes[1::2]):
+        for index in range(count):
+            sample = dataset[index]
+            present = [name for name, label in zip(classes, sample.label) if label]
+            picture(images[index], sample.image, ", ".join(present))
+            labels(masks[index], sample.mask, classes)
+        images[0].set_ylabel(dataset.split, fontsize=9)
+        masks[0].set_ylabel("mask", fontsize=9)
+    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(("background", *classes), colours(len(classes)))]
+    axes[0, 0].figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncol=count, frameon=False)
 
 
 def histories(records: Sequence, terms: Sequence[str], title: str = "") -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 import nbformat
 from tqdm import tqdm
 
+from wsss import states
 from wsss.files import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,26 +150,8 @@ def state_path(out: Path, name: str) -> Path:
 
 
 def read_state(out: Path, name: str) -> dict:
-    """The true state of a notebook: {"state": absent, queued, running, failed, killed or done, ...}.
-
-    One that says running and whose process is gone was killed.
-    """
-    path = state_path(out, name)
-    if not path.exists():
-        return {"state": "absent"}
-    state = json.loads(path.read_text())
-    return state | {"state": "killed"} if state["state"] == "running" and not alive(state["pid"]) else state
-
-
-def alive(pid: int) -> bool:
-    """Whether there is a process `pid`."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # there is one, of somebody else
-        pass
-    return True
+    """The true state of a notebook, see `states.read_state`."""
+    return states.read_state(state_path(out, name))
 
 
 def _refuse_running(out: Path) -> None:

@@ -26,8 +26,13 @@ class MethodTester:
     def make(self, **settings):
         torch.manual_seed(0)
         method = methods.find(self.name)
-        tokens = method.class_tokens(CLASSES)
-        backbone = MultiTokenViT(class_tokens=tokens, registers=2, image_size=SIDE, token_init="noise", pretrained=False)
+        backbone = MultiTokenViT(
+            class_tokens=method.class_tokens(CLASSES),
+            registers=2,
+            image_size=SIDE,
+            token_init="noise",
+            pretrained=False,
+        )
         return method(method.Config(**self.settings | settings), CLASSES, backbone)
 
     @pytest.fixture(autouse=True)
@@ -128,7 +133,7 @@ class MethodTester:
         assert len(passes) == 1
         for seed in seeds.values():
             assert not seed.requires_grad
-            assert seed.shape == (2, CLASSES, SIDE, SIDE)
+            assert seed.shape == (2, CLASSES, 8, 8)
             assert 0 <= seed.min() and seed.max() < 1
         method.losses(batch, 0)
         assert len(passes) == 2

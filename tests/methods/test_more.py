@@ -43,7 +43,8 @@ def as_patches(feature_map):
 
 def load_graph(arrays, **options):
     """A module with the weights of a golden file, in float64."""
-    module = GraphCategoryRepresentation(arrays["class_tokens"].shape[-1], neighbours=arrays["topk"], **options).double()
+    dim, count = arrays["class_tokens"].shape[-1], arrays["topk"]
+    module = GraphCategoryRepresentation(dim, neighbours=count, **options).double()
     names = {
         "head.weight": "head_weight", "head.bias": "head_bias", "tail.weight": "tail_weight", "tail.bias": "tail_bias",
         "sum_projection.weight": "w1", "sum_projection.bias": "b1",
@@ -222,8 +223,11 @@ class TestConfidentRelation:
     def test_falls_when_a_class_token_turns_to_its_patches(self):
         patches = torch.eye(4)[None]
         mask, labels = torch.tensor([[[1, 1], [0, 0]]]), torch.tensor([[1.0, 0.0]])
-        right, wrong = torch.tensor([[[1.0, 1, 0, 0]] * 2]), torch.tensor([[[0.0, 0, 1, 1]] * 2])
-        assert confident_relation_loss(right, patches, mask, labels) < confident_relation_loss(wrong, patches, mask, labels)
+        right, wrong = (
+            confident_relation_loss(torch.tensor([[direction] * 2]), patches, mask, labels)
+            for direction in ([1.0, 1, 0, 0], [0.0, 0, 1, 1])
+        )
+        assert right < wrong
 
 
 class TestKernelSearch:

@@ -26,10 +26,10 @@ ENERGY_UNIT = 1e-7  # scale of the dense energy in the references; `weight_energ
 
 @dataclass(frozen=True)
 class CamConfig:
-    """Hyper-parameters of the baseline. The defaults are MoRe's released ones on VOC; a term of weight 0 is not computed.
+    """Hyper-parameters of the baseline; the defaults are MoRe's released ones on VOC.
 
-    Steps count optimiser steps from 0; a term is on from its `..._start` on. Thresholds are (high, low) on maps in
-    0..1: class above high, background below low, uncertain between.
+    A term of weight 0 is not computed. Steps count optimiser steps from 0; a term is on from its `..._start` on.
+    Thresholds are (high, low) on maps in 0..1: class above high, background below low, uncertain between.
 
     Attributes:
         aux_tap: block whose patch tokens the auxiliary classifier sees; negative counts from the end.
@@ -156,8 +156,8 @@ class Cam(nn.Module):
     def seeds(self, images: Tensor, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         """The maps that supervise, without gradient: `seed_maps` by name, (B, C, H, W) in 0..1.
 
-        They are fused over `cam_scales` and mirror images. With a single scale of 1 and no mirror images they are those of
-        the training pass, `maps`, at the size of the patch grid (B, C, h, w): nothing runs twice.
+        They are fused over `cam_scales` and mirror images. With a single scale of 1 and no mirror images they are those
+        of the training pass, `maps`, at the size of the patch grid (B, C, h, w): nothing runs twice.
         """
         config = self.config
         relu = {name: config.cam_activation == "relu" and name.startswith("cam") for name in self.seed_maps}
@@ -213,7 +213,7 @@ class Cam(nn.Module):
         return terms
 
     def cell_labels(self, seed: Tensor, tokens: Tokens, labels: Tensor, thresholds: Sequence[float]) -> Tensor:
-        """A seed map (B, C, H, W) as a three-way label map (B, h, w) of the patches."""
+        """A seed map of any size as a three-way label map (B, h, w) of the patches."""
         high, low = thresholds
         return three_way(resize(seed, tokens.grid), labels, high, low, self.strict)
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class LargeFOV(nn.Module):
-    """DeepLab-LargeFOV: two dilated 3x3 convolutions and a 1x1 classifier, all without bias (MoRe, Implementation Details).
+    """DeepLab-LargeFOV (MoRe, Implementation Details): two dilated 3x3 convolutions and a 1x1 classifier, without bias.
 
     Args:
         in_channels: D, channels of the patch tokens.

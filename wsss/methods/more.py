@@ -55,7 +55,7 @@ class CategoryGraph:
 
 
 class GraphCategoryRepresentation(nn.Module):
-    """Graph Category Representation: class tokens X and patch tokens P -> graph-regularised class tokens Q (MoRe eqs. 1-5).
+    """Graph Category Representation: class tokens X and patch tokens P -> class tokens Q (MoRe eqs. 1-5).
 
     | | published | released |
     |---|---|---|
@@ -139,8 +139,8 @@ class GraphCategoryRepresentation(nn.Module):
             count, origin = int(self.neighbour_ratio * basis), f"neighbour_ratio = {self.neighbour_ratio} of {basis}"
         if not 1 <= count <= num_tails:
             raise ValueError(
-                f"MoRe: {origin} gives K = {count} neighbours, but the graph has {num_tails} tails ({num_patches} patches): "
-                f"choose 1 <= K <= {num_tails}, or a neighbour_ratio, which follows the image size"
+                f"MoRe: {origin} gives K = {count} neighbours, but the graph has {num_tails} tails ({num_patches} "
+                f"patches): choose 1 <= K <= {num_tails}, or a neighbour_ratio, which follows the image size"
             )
         return count
 
@@ -238,7 +238,7 @@ def window_sums(values: Tensor, kernel: int) -> Tensor:
 def uncertain_relation_loss(
     class_tokens: Tensor, patch_tokens: Tensor, labels: Tensor, selected: Tensor, reduction: str = "image_mean"
 ) -> Tensor:
-    """L_ure: the selected uncertain patches are pulled to the present classes and pushed off the absent ones (MoRe eq. 9).
+    """L_ure: the selected uncertain patches are pulled to the present classes and off the absent ones (MoRe eq. 9).
 
     Args:
         class_tokens: Q (B, C, D).
@@ -281,9 +281,10 @@ def corner_search(
 ) -> CornerTokens:
     """The uncertain tokens of the released code, where eq. 8 selects something else.
 
-    It tests the cell (i, j) = (a + d // 2, b + d // 2) of every window (a, b) with a < h - d and b < w - d by >=, and then
-    takes the *corner* (a, b) of the window instead of its centre. At most `limit` tokens are kept at random; n < `limit`
-    are filled up by (limit - n) // 4 tokens that have foreground at their centre, or any centre where that is too rare.
+    It tests the cell (i, j) = (a + d // 2, b + d // 2) of every window (a, b) with a < h - d and b < w - d by >=, and
+    then takes the *corner* (a, b) of the window instead of its centre. At most `limit` tokens are kept at random;
+    n < `limit` are filled up by (limit - n) // 4 tokens of windows with foreground at the centre or, where these are
+    too few, of any windows.
 
     Args:
         mask: M_a (B, h, w).
@@ -340,9 +341,10 @@ def _foreground(mask: Tensor) -> Tensor:
 def uncertain_relation_loss_released(
     class_tokens: Tensor, patch_tokens: Tensor, labels: Tensor, tokens: CornerTokens
 ) -> Tensor:
-    """L_ure as released: |cosine| to the detached class tokens, means over classes plus one, mean over the chosen tokens.
+    """L_ure as released: the absolute cosine to the detached class tokens.
 
-    Its best value for an image of one label is 0.25. Arguments as in `uncertain_relation_loss`, `tokens` from
+    A token's terms are divided by its number of classes plus one, and averaged over the chosen tokens of the batch. The
+    best value for an image of one label is 0.25. Arguments as in `uncertain_relation_loss`, `tokens` from
     `corner_search`.
     """
     index = tokens.index[..., None].expand(-1, -1, patch_tokens.shape[-1])
@@ -362,7 +364,7 @@ def multi_class_token_loss(class_tokens: Tensor, temperature: float = 0.07, labe
         class_tokens: Q (B, C, D).
         temperature: of the softmax over the cosine similarities.
         labels: (B, C) of 0/1; with them the result is the mean of the contrast and of the soft margin loss of the
-            normalised tokens' means. These lie within +-1 / sqrt(D), so that they tell a token of its class only faintly.
+            normalised tokens' means. These lie within +-1 / sqrt(D) and tell a token of its class only faintly.
     """
     tokens = F.normalize(class_tokens, dim=-1)
     logits = tokens @ tokens.transpose(1, 2) / temperature
@@ -380,7 +382,8 @@ class MoReConfig(CamConfig):
     Attributes:
         variant: "published" follows the equations, "released" the public code.
         use_gcr: whether the class tokens pass through the category graph; without it Q are the encoder's class tokens.
-        neighbour_ratio, neighbours: K of eqs. 1 and 2, see `GraphCategoryRepresentation`; 0 neighbours means by the ratio.
+        neighbour_ratio, neighbours: K of eqs. 1 and 2, see `GraphCategoryRepresentation`; 0 `neighbours` means that
+            the ratio decides.
         weight_mct, mct_temperature, mct_with_cls: L_mct and its form, see `multi_class_token_loss`.
         weight_cre, cre_start, cre_temperature: alpha, tau of L_cre.
         weight_ure, ure_start: beta, of L_ure.
@@ -443,8 +446,8 @@ class MoRe(Cam):
         super().__init__(config, num_classes, backbone)
         if backbone.num_class_tokens != num_classes:
             raise ValueError(
-                f"MoRe: the backbone has {backbone.num_class_tokens} class tokens and the dataset {num_classes} classes; "
-                f"build it with class_tokens={num_classes}"
+                f"MoRe: the backbone has {backbone.num_class_tokens} class tokens and the dataset {num_classes} "
+                f"classes; build it with class_tokens={num_classes}"
             )
         self.published = config.variant == "published"
         if self.published:

@@ -1,0 +1,464 @@
+"""Recipes, the names of runs, and what a run leaves behind.
+
+Runs are of a few images and steps: `tiny` cuts every split of the embedded benchmark down to `IMAGES` scenes.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wsss import experiments, methods
+from wsss.data import scenes
+from wsss.evaluation import EvalConfig
+from wsss.experiments import (
+    RECIPE_DATASETS,
+    VARIANTS,
+    Experiment,
+    Record,
+    load_records,
+    obtain,
+    read_state,
+    recipe_entries,
+    recipe_table,
+    run,
+    run_all,
+    with_seeds,
+)
+from wsss.training import TrainConfig
+
+IMAGES = 4
+SMALL = (("batch_size", 2), ("steps", 2), ("warmup_steps", 1), ("seg_start", 0), ("train_images", 2))
+TINY = Experiment("cam", "published", "embedded", overrides=SMALL)
+RECIPES = [(m, v, d) for m in methods.METHODS for v in VARIANTS for d in RECIPE_DATASETS]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(False)  # a run switches them on for its process
+
+
+@contextlib.contextmanager
+def few_images():
+    """The embedded benchmark with `IMAGES` scenes a split, in this process."""
+    laws = dict(scenes.SPLITS)
+    scenes.SPLITS.update({split: replace(law, images=IMAGES) for split, law in laws.items()})
+    experiments.cached_dataset.cache_clear()
+    try:
+        yield
+    finally:
+        scenes.SPLITS.update(laws)
+        experiments.cached_dataset.cache_clear()
+
+
+def run_on_few_images(experiment, runs, data_root=None, progress=False):
+    """`run` for a process of its own, which does not see what a test has patched."""
+    with few_images():
+        return run(experiment, runs, data_root, progress)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(runs folder, record) of `TINY`, trained once."""
+    runs = tmp_path_factory.mktemp("finished") / "runs"
+    return runs, run_on_few_images(TINY, runs)
+
+
+@pytest.fixture
+def committed(finished, tmp_path):
+    """A results folder whose embedded records hold the finished run."""
+    shutil.copytree(finished[0], tmp_path / "results" / "embedded" / "runs")
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a run was trained that should not have been")
+
+    monkeypatch.setattr(experiments, "_run", refuse)
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", refuse)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("method, variant, dataset", RECIPES)
+def test_every_recipe_is_whole_and_builds_its_configs(method, variant, dataset):
+    entries = recipe_entries(method, variant, dataset)
+    for name, entry in entries.items():
+        assert set(entry) == {"value", "source"} and entry["source"].strip(), name
+    experiment = Experiment(method, variant, dataset)
+    assert experiment.recipe() == {name: entry["value"] for name, entry in entries.items()}
+    used = set()
+    for config in experiments._configs(method):
+        built = experiment.config(config)
+        for field in fields(config):
+            value, kind = getattr(built, field.name), field.type
+            expected = {int: int, float: (int, float), bool: bool, str: str}.get(kind, tuple)
+            assert isinstance(value, expected), f"{field.name} = {value!r} should be {kind}"
+            assert kind is bool or not isinstance(value, bool), field.name
+        used |= {field.name for field in fields(config)}
+    assert used - {"variant"} == set(entries)
+    assert experiment.config(TrainConfig).transform().crop == entries["crop"]["value"]
+    for name in methods.find(method).map_names:
+        assert 0 < experiment.config(EvalConfig).threshold(name) < 1
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_embedded_recipes_build_their_networks(method, variant):
+    built = Experiment(method, variant, "embedded").build(5, pretrained=False)
+    assert type(built) is methods.find(method)
+    assert built.backbone.num_class_tokens == methods.find(method).class_tokens(5)
+    assert getattr(built.config, "variant", variant) == variant
+
+
+def entry(value):
+    return {"value": value, "source": f"layer {value}"}
+
+
+def layered(monkeypatch, **layers):
+    """Lay test layers over the recipe of `cam`, where they win."""
+    real = experiments._layers("cam")
+    dataset = {name: real["dataset"]["voc2012"] | own for name, own in layers.pop("dataset", {}).items()}
+    monkeypatch.setattr(experiments, "_layers", lambda method: real | layers | {"dataset": dataset})
+
+
+def test_later_layers_win(monkeypatch):
+    own = {"registers": entry(3), "variant": {"released": {"registers": entry(4)}}}
+    layered(
+        monkeypatch,
+        base=experiments._layers("cam")["base"] | {"registers": entry(1)},
+        variant={"released": {"registers": entry(2)}},
+        dataset={
+            "plain": {},
+            "own": own,
+            "child": {"like": "own", "crop": entry(16)},
+            "grandchild": {"like": "child", "registers": entry(5)},
+        },
+    )
+    found = {
+        (variant, dataset): recipe_entries("cam", variant, dataset)["registers"]
+        for variant in VARIANTS
+        for dataset in ("plain", "own", "child", "grandchild")
+    }
+    values = {key: found["value"] for key, found in found.items()}
+    assert values == {
+        ("published", "plain"): 1,
+        ("released", "plain"): 2,
+        ("published", "own"): 3,
+        ("released", "own"): 4,
+        ("published", "child"): 3,
+        ("released", "child"): 4,
+        ("published", "grandchild"): 5,
+        ("released", "grandchild"): 5,
+    }
+    assert found["released", "own"]["source"] == "layer 4", "an entry comes whole, with its own source"
+    assert recipe_entries("cam", "published", "grandchild")["crop"]["value"] == 16
+
+
+def test_a_method_inherits_what_its_file_does_not_say():
+    cam, more = (recipe_entries(method, "published", "embedded") for method in ("cam", "more"))
+    assert more["lr"] == cam["lr"] and set(cam) < set(more)
+
+
+@pytest.mark.parametrize("like", ["vocc2012", "loop"])
+def test_a_dataset_like_none_is_an_error(monkeypatch, like):
+    layered(monkeypatch, dataset={"loop": {"like": like}})
+    with pytest.raises(ValueError, match=rf"cam.toml \[dataset.loop\]: like = '{like}' is no other recipe"):
+        recipe_entries("cam", "published", "loop")
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """A copy of the recipes to spoil: `recipes(old, new)` replaces a text in `cam.toml`."""
+    folder = shutil.copytree(experiments.RECIPES, tmp_path / "recipes")
+    monkeypatch.setattr(experiments, "RECIPES", folder)
+    experiments._layers.cache_clear()
+
+    def spoil(old, new):
+        path = folder / "cam.toml"
+        text, count = re.subn(old, new, path.read_text(), flags=re.MULTILINE)
+        assert count, old
+        path.write_text(text)
+        experiments._layers.cache_clear()
+
+    yield spoil
+    experiments._layers.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (r"^weight_ptc =", "weigth_ptc =", r"cam.toml: unknown recipe field `weigth_ptc`; did you mean `weight_ptc`\?"),
+        (r"^weight_ptc =", "zzz =", r"cam.toml: unknown recipe field `zzz`; known: .*weight_ptc"),
+        (r"^weight_ptc = .*", "", r"cam.toml \[embedded, published\]: missing weight_ptc"),
+        (r"^weight_ptc = .*", "weight_ptc = 0.3", "cam.toml: weight_ptc needs exactly `value` and `source`, not 0.3"),
+        (r"^weight_ptc = .*", "weight_ptc = { value = 0.3 }", "weight_ptc needs exactly `value` and `source`"),
+        (r"^weight_ptc =", "weight_ptc", "cam.toml: this is not valid TOML: .*line"),
+    ],
+)
+def test_a_spoilt_recipe_names_file_and_field(recipes, old, new, message):
+    recipes(old, new)
+    with pytest.raises(ValueError, match=message):
+        Experiment("cam", "published", "embedded").recipe()
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        (("oracle", "published", "embedded"), "no recipe for the method 'oracle'; known: cam, more"),
+        (("cam", "printed", "embedded"), "variant 'printed' is not one of published, released"),
+        (("cam", "published", "cityscapes"), "cam.toml has no recipe for 'cityscapes'; it has .*embedded"),
+    ],
+)
+def test_an_unknown_recipe_names_the_known_ones(what, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment(*what).recipe()
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("weigth_ptc", 0.1, r"overrides: unknown recipe field `weigth_ptc`; did you mean `weight_ptc`\?"),
+        ("steps", "many", "overrides: steps = 'many' has the wrong type; the recipe has "),
+        ("steps", 2.5, "steps = 2.5 has the wrong type"),
+        ("steps", True, "steps = True has the wrong type"),
+        ("eval_flip", 1, "eval_flip = 1 has the wrong type; the recipe has True"),
+        ("backbone", None, "backbone = None has the wrong type"),
+        ("par_dilations", 4, r"par_dilations = 4 has the wrong type; the recipe has \["),
+    ],
+)
+def test_a_wrong_override_is_named(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, overrides=((field, value),)).recipe()
+
+
+def test_overrides_replace_values_and_nothing_else():
+    plain, changed = replace(TINY, overrides=()).recipe(), replace(TINY, overrides=(("lr", 1), ("map_relu", ["cam"]))).recipe()
+    assert {name for name in plain if plain[name] != changed[name]} == {"lr", "map_relu"}
+    assert changed["lr"] == 1 and changed["map_relu"] == ["cam"]
+
+
+def test_recipe_table_shows_both_variants_and_their_sources():
+    table = recipe_table("more", "embedded").set_index("field")
+    assert list(table.columns) == ["published", "released", "source"]
+    assert set(table.index) == set(recipe_entries("more", "published", "embedded"))
+    for variant in VARIANTS:
+        entries = recipe_entries("more", variant, "embedded")
+        assert (table[variant] == [str(entries[name]["value"]) for name in table.index]).all()
+    differing = table[table["published"] != table["released"]]
+    assert len(differing) and differing["source"].str.startswith("published: ").all()
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+def test_the_key_follows_the_content_and_not_the_arm():
+    experiment = Experiment("more", "published", "embedded")
+    lr = experiment.recipe()["head_lr_multiplier"]
+    others = [
+        replace(experiment, seed=1),
+        replace(experiment, variant="released"),
+        replace(experiment, dataset="voc2012-cpu"),
+        replace(experiment, method="cam"),
+        replace(experiment, overrides=(("weight_cre", 0.01),)),
+        replace(experiment, overrides=(("weight_cre", 0.02),)),
+    ]
+    assert len({experiment.key, *(other.key for other in others)}) == 7
+    assert replace(experiment, arm="w/o L_cre").key == experiment.key
+    assert replace(experiment, overrides=(("head_lr_multiplier", float(lr)),)).key == experiment.key
+    assert re.fullmatch("[0-9a-f]{8}", experiment.key)
+
+
+def test_the_key_follows_the_tiny_weights(tmp_path, monkeypatch):
+    experiment, large = Experiment("cam", "published", "embedded"), Experiment("cam", "published", "voc2012")
+    before = experiment.key, large.key
+    (tmp_path / "other.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(experiments, "TINY_WEIGHTS", tmp_path / "other.safetensors")
+    assert experiment.key != before[0] and large.key == before[1]
+
+
+def test_the_name_tells_the_run():
+    experiment = Experiment("more", "published", "embedded", 3, "full", (("steps", 200), ("batch_size", 16)))
+    assert experiment.name == f"more.published_vit_tiny_scenes_80_b16-200_embedded_s3-{experiment.key}"
+
+
+def test_seeds_vary_fastest():
+    names = [(e.arm, e.seed) for e in with_seeds([TINY, replace(TINY, arm="other")], 2)]
+    assert names == [("full", 0), ("full", 1), ("other", 0), ("other", 1)]
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_leaves_its_record(finished):
+    runs, record = finished
+    folder = runs / TINY.name
+    assert {path.name for path in folder.iterdir()} == {"record.json", "state.json", "checkpoint.pt", ".lock"}
+    assert json.loads((folder / "state.json").read_text()) == {"state": "done"}
+    assert asdict(Record.read(folder)) == asdict(record) == json.loads((folder / "record.json").read_text())
+    assert (record.name, record.key, record.arm, record.seed) == (TINY.name, TINY.key, "full", 0)
+    assert (record.dataset, record.identity, record.classes) == ("embedded", "embedded", list(scenes.SCENE_CLASSES))
+    assert record.recipe == TINY.recipe()
+    assert [point["step"] for point in record.history] == [1, 2] and {"cls", "ptc", "seg"} <= set(record.history[0])
+    assert set(record.metrics) == {
+        "train/maps-given-labels/cam",
+        "train/maps-given-labels/cam_aux",
+        "train/maps-given-labels/cam+crf",
+        "test/decoder/decoder",
+        "test/maps-predicted-labels/cam",
+        "test_broken/decoder/decoder",
+    }
+    for key, scores in record.metrics.items():
+        assert 0 <= scores["miou"] <= 1 and len(scores["iou"]) == 11, key
+        assert all(type(flag) is bool for flag in scores["present"])
+    assert record.tokens == {}, "one class token for all classes has nothing to tell"
+    assert record.wall_seconds > 0 and record.peak_memory_mb > 100
+    assert record.environment["threads"] == 1 and {"torch", "python", "commit", "machine"} <= set(record.environment)
+
+
+def test_numbers_that_are_undefined_are_null_in_the_file(finished):
+    text = (finished[0] / TINY.name / "record.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text and "null" in text
+
+
+def test_a_second_call_reads_and_does_not_train(finished, no_training):
+    runs, record = finished
+    before = contents(runs)
+    again = run(replace(TINY, arm="w/o L_mct"), runs, progress=False)
+    assert asdict(again) == asdict(record) | {"arm": "w/o L_mct"}, "two tables may call one run by different names"
+    assert [r.arm for r in run_all([TINY, replace(TINY, arm="b")], runs, progress=False)] == ["full", "b"]
+    assert contents(runs) == before
+
+
+def test_a_killed_run_is_done_anew_with_the_same_numbers(finished, tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    folder = tmp_path / TINY.name
+    folder.mkdir()
+    (folder / "state.json").write_text(json.dumps({"state": "running", "pid": int(dead.stdout)}))
+    assert read_state(folder)["state"] == "killed"
+    with pytest.raises(FileNotFoundError, match="this run is killed, not done"):
+        Record.read(folder)
+    record = run_on_few_images(TINY, tmp_path)
+    assert read_state(folder)["state"] == "done"
+    assert (record.metrics, record.history) == (finished[1].metrics, finished[1].history)
+
+
+def test_more_describes_its_tokens(tmp_path):
+    more = Experiment("more", "published", "embedded", overrides=SMALL + (("cre_start", 0), ("ure_start", 0)))
+    record = run_on_few_images(more, tmp_path)
+    assert set(record.tokens) == {"silhouette", "patch_similarity", "tsne", "classes"}
+    assert {"train/maps-given-labels/fused", "test/maps-predicted-labels/lam"} <= set(record.metrics)
+    assert {"cre", "mct"} <= set(record.history[0])
+
+
+@pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), KeyboardInterrupt()])
+def test_a_failing_run_says_so_with_its_error(tmp_path, monkeypatch, error):
+    def fail(*_):
+        assert read_state(tmp_path / TINY.name) == {"state": "running", "pid": os.getpid()}
+        raise error
+
+    monkeypatch.setattr(experiments, "_run", fail)
+    with pytest.raises(type(error)):
+        run(TINY, tmp_path, progress=False)
+    assert read_state(tmp_path / TINY.name) == {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+    with pytest.raises(FileNotFoundError, match=f"{TINY.name}: this run is failed, not done"):
+        load_records([TINY], tmp_path)
+
+
+def test_a_missing_record_says_how_to_get_it(finished, tmp_path):
+    assert read_state(tmp_path / TINY.name) == {"state": "absent"}
+    message = f"{tmp_path}/{TINY.name}: this run is absent, not done. Train it with `make reproduce`.*`retrain = True`"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_records([TINY], tmp_path)
+    assert [r.arm for r in load_records([replace(TINY, arm="x"), TINY], finished[0])] == ["x", "full"]
+
+
+def test_a_runs_folder_that_cannot_be_written_is_named(tmp_path, no_training):
+    (tmp_path / "file").write_text("not a folder")  # denies even the superuser
+    with pytest.raises(PermissionError, match=f"{tmp_path}/file/runs/{TINY.name}: cannot write.*choose another `out`"):
+        run(TINY, tmp_path / "file" / "runs", progress=False)
+
+
+def test_a_dataset_that_cannot_be_loaded_yet_is_named(tmp_path):
+    with pytest.raises(ValueError, match="unknown dataset 'coco2014'; choose one of embedded, voc2012"):
+        run(Experiment("cam", "published", "coco2014"), tmp_path, progress=False)
+
+
+def test_run_all_finishes_the_others_before_it_reports_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "run", run_on_few_images)  # the workers find it by its name
+    bad = replace(TINY, overrides=SMALL + (("backbone", "vit_of_nowhere"),))
+    with pytest.raises(RuntimeError, match=f"runs failed:\n{bad.name}: RuntimeError: .*vit_of_nowhere") as failure:
+        run_all([bad, TINY], tmp_path, progress=False)
+    assert TINY.name not in str(failure.value)
+    assert read_state(tmp_path / bad.name)["state"] == "failed"
+    assert read_state(tmp_path / TINY.name)["state"] == "done"
+    [record] = run_all([TINY], tmp_path, progress=False)
+    assert record.environment["threads"] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- obtain
+
+
+def test_committed_records_are_read(committed, no_training):
+    before = contents(committed)
+    records, others = obtain([TINY], str(committed), "", False, 1, "")
+    assert [record.name for record in records] == [TINY.name] and others is None
+    assert contents(committed) == before
+    with pytest.raises(FileNotFoundError, match="this run is absent"):
+        obtain([replace(TINY, seed=1)], str(committed), "", False, 1, "")
+
+
+def test_retraining_needs_a_folder_of_its_own(committed, no_training):
+    with pytest.raises(ValueError, match="`retrain = True` needs `out`"):
+        obtain([TINY], str(committed), "", True, 1, "")
+
+
+def test_retrained_runs_stand_beside_the_committed_ones(committed, tmp_path, monkeypatch):
+    asked = []
+
+    def in_this_process(wanted, runs, workers, data_root):
+        asked.append((runs, workers, data_root))
+        return [run_on_few_images(experiment, runs) for experiment in wanted]
+
+    monkeypatch.setattr(experiments, "run_all", in_this_process)
+    record_file = committed / "embedded" / "runs" / TINY.name / "record.json"
+    edited = json.loads(record_file.read_text()) | {"wall_seconds": 12345.0}
+    record_file.write_text(json.dumps(edited))
+    before = contents(committed)
+    records, others = obtain([TINY], str(committed), str(tmp_path / "out"), True, 2, "")
+    assert asked == [(tmp_path / "out" / "runs", 2, None)]
+    assert read_state(tmp_path / "out" / "runs" / TINY.name)["state"] == "done"
+    assert others[0].wall_seconds == 12345.0 != records[0].wall_seconds and records[0].metrics == others[0].metrics
+    assert contents(committed) == before, "committed records are never written"
+
+
+@pytest.mark.parametrize("retrain", [False, True])
+@pytest.mark.parametrize("out", ["", "out"])
+def test_photographs_are_trained_where_they_belong(tmp_path, monkeypatch, retrain, out):
+    asked = []
+    monkeypatch.setattr(experiments, "run_all", lambda *arguments: asked.append(arguments) or ["records"])
+    subset = SimpleNamespace(identity="voc2012-animals")
+    monkeypatch.setattr(experiments, "cached_dataset", lambda name, split, root: subset if root == "voc" else None)
+    wanted = [Experiment("cam", "published", "voc2012-cpu")]
+    folder = str(tmp_path / out) if out else ""
+    records, others = obtain(wanted, str(tmp_path / "results"), folder, retrain, 1, "voc")
+    runs = tmp_path / "out" / "runs" if out else tmp_path / "results" / "voc2012-animals" / "runs"
+    assert asked == [(wanted, runs, 1, "voc")]
+    assert (records, others) == (["records"], None)

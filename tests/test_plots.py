@@ -1,0 +1,204 @@
+"""Every figure: what its axes show, name and explain."""
+
+from types import SimpleNamespace
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+
+from wsss import plots
+from wsss.data import Sample
+from wsss.data.classes import palette
+
+matplotlib.use("Agg")
+IMAGE = torch.arange(3 * 6 * 8, dtype=torch.uint8).view(3, 6, 8)
+MASK = torch.tensor([[0, 1, 2], [255, 0, 1]])
+
+
+@pytest.fixture(autouse=True)
+def ax():
+    yield plt.subplots()[1]
+    plt.gcf().canvas.draw()  # every figure can be drawn, the one of the test is the current one
+    plt.close("all")
+
+
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def panels(count):
+    """The axes of the current figure."""
+    axes = plt.gcf().axes
+    assert len(axes) == count
+    return axes
+
+
+def test_a_row_and_a_table_of_axes_without_ticks():
+    axes = plots.row(3, "Three")
+    assert len(axes) == 3 and axes[0].figure.get_suptitle() == "Three"
+    assert plots.row(1)[0].figure.get_suptitle() == ""
+    grid = plots.table_of_axes(2, 3)
+    assert grid.shape == (2, 3) and not any(a.get_xticks().size or a.get_yticks().size for a in grid.flat)
+
+
+def test_a_picture_shows_the_image(ax):
+    plots.picture(ax, IMAGE, "an image")
+    np.testing.assert_array_equal(ax.images[0].get_array(), IMAGE.permute(1, 2, 0))
+    assert ax.get_title() == "an image"
+
+
+def test_a_map_covers_its_image_and_keeps_its_limits(ax):
+    values = torch.tensor([[-1.0, 0], [2, 3]])
+    plots.heat(ax, IMAGE, values, "lam", low=-2, high=4)
+    grey, overlay = ax.images
+    assert grey.get_extent() == overlay.get_extent() == [0, 8, 6, 0]
+    np.testing.assert_allclose(grey.get_array(), IMAGE.double().mean(0))
+    np.testing.assert_array_equal(overlay.get_array(), values)
+    assert overlay.get_clim() == (-2, 4) and ax.get_title() == "lam"
+    plots.heat(ax, IMAGE, values)
+    assert ax.images[-1].get_clim() == (-1, 3), "its own range without limits"
+
+
+def test_labels_have_the_colours_of_their_classes(ax):
+    plots.labels(ax, MASK, ("boat", "train"), "truth", legend=True)
+    shown = ax.images[0].get_array()
+    colours = palette(2) / 255
+    for value, expected in [(0, colours[0]), (1, colours[1]), (2, colours[2]), (255, plots.UNCERTAIN_COLOUR)]:
+        np.testing.assert_allclose(shown[MASK.numpy() == value], np.tile(expected, ((MASK == value).sum(), 1)))
+    assert legend_of(ax) == ["background", "boat", "train", "uncertain"] and ax.get_title() == "truth"
+    faces = [patch.get_facecolor()[:3] for patch in ax.get_legend().get_patches()]
+    np.testing.assert_allclose(faces, [*colours, plots.UNCERTAIN_COLOUR])
+
+
+def test_a_legend_names_only_what_is_there(ax):
+    plots.labels(ax, torch.full((2, 2), 2), ("boat", "train"), legend=True)
+    assert legend_of(ax) == ["train"]
+
+
+def test_labels_without_a_legend(ax):
+    plots.labels(ax, MASK, ("boat", "train"))
+    assert ax.get_legend() is None
+
+
+def test_patches_are_framed_where_they_are(ax):
+    chosen, other = torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 4, dtype=torch.bool)
+    chosen[1, 2] = other[0, 0] = other[2, 3] = True
+    plots.patches(ax, IMAGE, (3, 4), {"confident": (chosen, "red"), "uncertain": (other, "blue")}, "relations")
+    frames = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in ax.patches]
+    assert frames[0] == (4, 2, 2, 2) and ax.patches[0].get_edgecolor()[:3] == to_rgb("red")
+    np.testing.assert_allclose(frames[1:], [(0.8, 0.8, 0.4, 0.4), (6.8, 4.8, 0.4, 0.4)])
+    assert legend_of(ax) == ["confident", "uncertain"] and ax.get_title() == "relations"
+
+
+def test_windows_show_their_numbers(ax):
+    plots.windows(ax, torch.tensor([[0, 1, 2], [2, 1, 0]]), [(0, 1, 2, "red")], "kernel")
+    assert [text.get_text() for text in ax.texts] == list("012210")
+    [box] = ax.patches
+    assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (0.5, -0.5, 2, 2)
+    assert ax.get_title() == "kernel"
+
+
+def test_a_matrix_has_its_numbers_written_in(ax):
+    plots.matrix(torch.tensor([[0.125, 1], [2, 3]]), ["a", "b"], ["c", "d"], "co-occurrence", ".1f", ax)
+    assert [text.get_text() for text in ax.texts] == ["0.1", "1.0", "2.0", "3.0"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["c", "d"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    assert ax.get_title() == "co-occurrence"
+    plots.matrix(np.eye(2), ["a", "b"], ["c", "d"], "own figure")
+    assert plt.gcf() is not ax.figure and panels(1)[0].get_title() == "own figure"
+
+
+class Toy:
+    """Two images of the classes boat and train."""
+
+    classes, split = ("boat", "train"), "val"
+    labels = torch.tensor([[1.0, 1], [1, 0]])
+
+    def __getitem__(self, index):
+        return Sample(IMAGE, self.labels[index], torch.zeros(6, 8, dtype=torch.int64), "")
+
+
+def test_co_occurrences_of_every_dataset():
+    plots.co_occurrences([Toy(), Toy()])
+    for ax in panels(2):
+        assert ax.get_title() == "val: P(column in the image | row in the image)"
+        assert [text.get_text() for text in ax.texts] == ["1.0", "0.5", "1.0", "1.0"]
+
+
+def test_samples_stand_above_their_masks():
+    plots.samples([Toy()], 2)
+    axes = panels(4)
+    assert [ax.get_title() for ax in axes] == ["boat, train", "boat", "", ""]
+    assert [ax.get_ylabel() for ax in axes] == ["val", "", "mask", ""]
+    np.testing.assert_array_equal(axes[0].images[0].get_array(), IMAGE.permute(1, 2, 0))
+    assert [text.get_text() for text in plt.gcf().legends[0].get_texts()] == ["background", "boat", "train"]
+
+
+def record(arm, seed, *terms):
+    history = [{"step": step, **{term: step + seed + len(arm) for term in terms}} for step in (1, 2)]
+    return SimpleNamespace(method="more", variant="published", arm=arm, seed=seed, history=history)
+
+
+def coloured(ax):
+    """Colour -> the values of its line."""
+    return {line.get_color(): list(line.get_ydata()) for line in ax.get_lines() if len(line.get_xdata())}
+
+
+def test_histories_have_a_panel_a_term_and_a_line_an_arm():
+    full = [record("full", seed, "cls", "cre") for seed in (0, 2)]
+    plots.histories([record("w/o L_cre", 0, "cls"), *full], ("cls", "cre", "ure"), "Losses")
+    cls, cre = panels(2)
+    assert (cls.get_title(), cre.get_title()) == ("weighted L_cls", "weighted L_cre"), "no panel for a term nobody has"
+    assert plt.gcf().get_suptitle() == "Losses"
+    assert sorted(coloured(cls).values()) == [[6, 7], [10, 11]], "the mean over seeds"
+    [(colour, values)] = coloured(cre).items()
+    assert values == [6, 7] and coloured(cls)[colour] == values, "an arm has the same colour in every panel"
+    assert legend_of(cre) == ["more.published, w/o L_cre", "more.published, full"], "every arm is explained"
+    assert cls.get_legend() is None
+
+
+def test_histories_of_terms_that_nobody_has():
+    with pytest.raises(ValueError, match="no run has any of the terms kd, ssc; they have cls, cre"):
+        plots.histories([record("full", 0, "cls", "cre")], ("kd", "ssc"))
+
+
+def test_token_clusters_by_class_with_their_silhouette():
+    tokens = {"tsne": [[0, 1], [2, 3], [4, 5]], "classes": [0, 1, 1], "silhouette": 0.456}
+    records = [SimpleNamespace(tokens=tokens, classes=["boat", "train"])] * 2
+    plots.token_clusters(records, ["without GCR", "with GCR"])
+    first, last = panels(2)
+    assert first.get_title() == "without GCR\nsilhouette 0.46" and last.get_title() == "with GCR\nsilhouette 0.46"
+    boats, trains = last.collections
+    np.testing.assert_array_equal(boats.get_offsets(), [[0, 1]])
+    np.testing.assert_array_equal(trains.get_offsets(), [[2, 3], [4, 5]])
+    np.testing.assert_allclose(trains.get_facecolor()[0, :3], palette(2)[2] / 255)
+    assert legend_of(last) == ["boat", "train"] and first.get_legend() is None
+
+
+def test_sensitivity_shows_seeds_mean_and_the_recipes_value(ax):
+    frame = pd.DataFrame({"lr": [1, 1, 2, 2], "miou": [40.0, 42, 50, 52]})
+    plots.sensitivity(frame, "lr", "miou", 2, "mIoU (%)", ax)
+    mean, chosen = ax.get_lines()
+    assert list(mean.get_ydata()) == [41, 51] and set(chosen.get_xdata()) == {2}
+    np.testing.assert_array_equal(ax.collections[0].get_offsets(), frame)
+    assert (ax.get_title(), ax.get_ylabel()) == ("lr", "mIoU (%)")
+
+
+def test_bars_with_the_range_over_seeds():
+    frame = pd.DataFrame(
+        {
+            "class": ["boat", "boat", "boat", "boat", "train", "train"],
+            "miou": [10.0, 30, 50, 60, 70, 80],
+            "arm": ["full", "full", "base", "base", "full", "base"],
+        }
+    )
+    plots.bars(frame, "class", "miou", "arm", "IoU (%)", "Per class")
+    [ax] = panels(1)
+    heights = [[bar.get_height() for bar in container] for container in ax.containers]
+    assert heights == [[20, 70], [55, 80]]
+    assert list(ax.get_lines()[0].get_ydata()) == [10, 30], "the whisker spans the seeds"
+    assert (ax.get_title(), ax.get_ylabel(), legend_of(ax)) == ("Per class", "IoU (%)", ["full", "base"])
