@@ -60,10 +60,14 @@ def test_paired_refuses_what_it_cannot_judge():
         paired({}, {}, "=", CLAIM)
     with pytest.raises(ValueError, match="margin"):
         paired({}, {}, ">", CLAIM, margin=-1)
-    with pytest.raises(ValueError, match="seed 1 is undefined"):
-        paired(by_seed(1, math.nan), by_seed(1, 2), ">", CLAIM)
     with pytest.raises(ValueError, match="no claim 'more-99'"):
         paired({}, {}, ">", "more-99")
+
+
+def test_a_seed_with_an_undefined_value_does_not_count_and_the_note_says_so():
+    result = paired(by_seed(60, math.nan, 62, 63), by_seed(50, 51, 52, 53), ">", CLAIM)
+    assert (result.n, result.verdict, result.effect) == (3, "supported", 10) and "undefined in seeds: 1" in result.note
+    assert paired(by_seed(math.nan, 61, 62), by_seed(50, 51, 52), ">", CLAIM).verdict == "inconclusive (n = 2)"
 
 
 HIGH, MIDDLE, LOW = by_seed(70, 71, 72), by_seed(60, 61.5, 62), by_seed(50, 51, 52.5)

@@ -172,7 +172,8 @@ def predicted_mask(request, sample, config):
     scores = bilinear(fused_map(request.map, sample, config), sample.mask.shape)
     threshold = request.threshold
     if threshold is None:
-        threshold = {"lam": config.threshold_lam, "fused": config.threshold_fused}.get(request.map, config.threshold_cam)
+        own = {"lam": config.threshold_lam, "fused": config.threshold_fused}
+        threshold = own.get(request.map, config.threshold_cam)
     mask = np.zeros(scores.shape[-2:], int)
     for i, j in np.ndindex(mask.shape):
         best = max(present_classes(request, sample, config), key=lambda c: scores[c, i, j], default=None)
@@ -281,12 +282,13 @@ def test_the_decoder_after_a_crf():
         logits = np.exp(fused_logits(sample, NATIVE))
         image, options = sample.image.permute(1, 2, 0), (NATIVE.crf_gaussian, NATIVE.crf_bilateral)
         masks.append(dense_crf(image, logits / logits.sum(0), 10, *options).argmax(0).numpy())
-    np.testing.assert_allclose(scores["decoder/decoder+crf"].iou, expected_iou(masks, dataset.samples), rtol=1e-12)
-    assert scores["decoder/decoder+crf"].iou.tolist() != scores["decoder/decoder"].iou.tolist()
+    refined, plain = scores["decoder/decoder+crf"].iou, scores["decoder/decoder"].iou
+    np.testing.assert_allclose(refined, expected_iou(masks, dataset.samples), rtol=1e-12)
+    assert refined.tolist() != plain.tolist()
 
 
 def test_labels_on_a_held_out_split_only_on_request():
-    with pytest.raises(ValueError, match="maps-given-labels on the split 'val' .* ground truth at test time.*predicted"):
+    with pytest.raises(ValueError, match="maps-given-labels on the split .val. .* at test time; use maps-predicted"):
         evaluate(Stub(), Toy("val"), [DECODER, *GIVEN], NATIVE, progress=False)
     asked = evaluate(Stub(), Toy("val"), GIVEN, NATIVE, labels_on_held_out=True, progress=False)
     usual = evaluate(Stub(), Toy("train_aug"), GIVEN, NATIVE, progress=False)

@@ -250,7 +250,8 @@ def test_a_wrong_override_is_named(field, value, message):
 
 
 def test_overrides_replace_values_and_nothing_else():
-    plain, changed = replace(TINY, overrides=()).recipe(), replace(TINY, overrides=(("lr", 1), ("map_relu", ["cam"]))).recipe()
+    overrides = (("lr", 1), ("map_relu", ["cam"]))
+    plain, changed = (replace(TINY, overrides=o).recipe() for o in ((), overrides))
     assert {name for name in plain if plain[name] != changed[name]} == {"lr", "map_relu"}
     assert changed["lr"] == 1 and changed["map_relu"] == ["cam"]
 
@@ -302,6 +303,17 @@ def test_the_name_tells_the_run():
 def test_seeds_vary_fastest():
     names = [(e.arm, e.seed) for e in with_seeds([TINY, replace(TINY, arm="other")], 2)]
     assert names == [("full", 0), ("full", 1), ("other", 0), ("other", 1)]
+
+
+@pytest.mark.parametrize("dataset, split, side, images", [("voc2012", "val", 28, None), ("embedded", "train", 10, 7)])
+def test_what_scores_are_worth_is_measured_on_what_is_scored(monkeypatch, dataset, split, side, images):
+    asked = []
+    monkeypatch.setattr(experiments, "cached_dataset", lambda *names: names)
+    monkeypatch.setattr(experiments, "floors", lambda *arguments: asked.append(arguments) or {})
+    monkeypatch.setattr(experiments, "sentence", lambda found: f"floors: {found}")
+    experiment = Experiment("cam", "published", dataset, overrides=(("train_images", 7),))
+    assert experiments.worth(experiment, split) == "floors: {}"
+    assert asked == [((dataset, split, None), (side, side), images)]
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

@@ -97,6 +97,7 @@ def test_same_seed_same_bits_and_another_seed_others(scenes):
 
 def _train_and_be_killed(path, step):
     """Train in this process and kill it, as the system would, once `step` steps are in the checkpoint."""
+    torch.set_num_threads(1)  # as in the tests: the number of threads changes the bits
     method, losses = fresh(), Dummy.losses
 
     def lethal(self, batch, now):

@@ -25,6 +25,7 @@ The verdict on a claim, fixed before the runs:
 - inconclusive: the interval holds 0 (or the margin), or there are fewer than {SEEDS_NEEDED} seeds, which is then said.
 - A ranking is supported when every step between neighbours is, not supported when any step is not supported, and
   inconclusive otherwise; its effect and interval are those of the step that decides, the one with the least room.
+- A seed does not count in which a value is undefined, as the precision of a class that is never predicted.
 - not testable here: the claim needs data, models or measurements that this workbook does not have.
 - Each claim is tested by itself, without a correction for the number of claims.
 - On the embedded benchmark a verdict is about the direction of an effect in a network of about a million parameters,
@@ -105,24 +106,23 @@ def paired(
     """Verdict on the claim that arm `a` scores more (">") or less ("<") than arm `b`; see `RULE`.
 
     Args:
-        a, b: values by seed. A seed that only one arm has is left out, and the note says so.
+        a, b: values by seed. A seed that only one arm has, or whose value is undefined (NaN), is left out, and the note
+            says so.
         margin: by how much at least, >= 0, in the units of the values.
 
     Raises:
-        ValueError: `claimed` is not ">" or "<", the margin is negative, the claim is not listed, or a value is NaN.
+        ValueError: `claimed` is not ">" or "<", the margin is negative, or the claim is not listed.
     """
     if claimed not in (">", "<"):
         raise ValueError(f"paired: claimed is {claimed!r}; use '>' or '<'")
     if not margin >= 0:
         raise ValueError(f"paired: margin is {margin}; it is the least size of the effect, so it cannot be negative")
-    seeds = sorted(set(a) & set(b))
-    alone = sorted(set(a) ^ set(b))
-    if alone:
-        note = "; ".join(filter(None, (note, f"seeds in one arm only: {', '.join(map(str, alone))}")))
+    seeds = [seed for seed in sorted(set(a) & set(b)) if math.isfinite(a[seed]) and math.isfinite(b[seed])]
+    alone, undefined = sorted(set(a) ^ set(b)), sorted(set(a) & set(b) - set(seeds))
+    for missing, why in ((alone, "seeds in one arm only"), (undefined, "undefined in seeds")):
+        if missing:
+            note = "; ".join(filter(None, (note, f"{why}: {', '.join(map(str, missing))}")))
     differences = np.array([a[seed] - b[seed] for seed in seeds], dtype=float)
-    if not np.isfinite(differences).all():
-        bad = [seed for seed, value in zip(seeds, differences) if not math.isfinite(value)]
-        raise ValueError(f"paired: {claim_id}: the value of seed {bad[0]} is undefined in one of the arms")
     effect = float(differences.mean()) if seeds else math.nan
     low, high = _interval(differences)
     sign = 1.0 if claimed == ">" else -1.0

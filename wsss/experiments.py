@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import subprocess
 import time
@@ -36,6 +37,7 @@ from wsss.backbones.vit import TINY, TINY_WEIGHTS, MultiTokenViT
 from wsss.data import Sample, load_dataset
 from wsss.evaluation import EvalConfig, Request, evaluate
 from wsss.files import write_json
+from wsss.floors import floors, sentence
 from wsss.representations import describe_tokens
 from wsss.metrics import Scores
 from wsss.training import TrainConfig, train
@@ -77,7 +79,9 @@ def _laid_over(below: dict, above: dict) -> dict:
     """Two trees of layers in one; where both have an entry, that of `above` stands."""
     if set(above) & {"value", "source"} or not isinstance(below, dict):
         return above
-    return below | {name: _laid_over(below.get(name), layer) if isinstance(layer, dict) else layer for name, layer in above.items()}
+    return below | {
+        name: _laid_over(below.get(name), layer) if isinstance(layer, dict) else layer for name, layer in above.items()
+    }
 
 
 def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
@@ -210,6 +214,16 @@ class Experiment:
 def with_seeds(experiments: Sequence[Experiment], count: int) -> list[Experiment]:
     """Every experiment with each of the seeds 0 .. count-1."""
     return [replace(experiment, seed=seed) for experiment in experiments for seed in range(count)]
+
+
+def worth(experiment: Experiment, split: str, data_root: str | None = None) -> str:
+    """What scores on a split are worth, for captions: the floors of the images that are scored, the patch grid's ceiling."""
+    recipe = experiment.recipe()
+    patch = 8 if recipe["backbone"] == TINY else int(re.search(r"patch(\d+)", recipe["backbone"]).group(1))
+    side = (recipe["eval_size"] or recipe["crop"]) // patch
+    images = recipe["train_images"] or None if split.startswith("train") else None
+    dataset = cached_dataset(RECIPE_DATASETS[experiment.dataset], split, data_root or None)
+    return sentence(floors(dataset, (side, side), images))
 
 
 def recipe_for(dataset: str) -> str:
@@ -478,7 +492,10 @@ def obtain(
     if source == "embedded" and not retrain:
         return load_records(experiments, committed), None
     if source == "embedded" and not out:
-        raise ValueError('parameter `retrain = True` needs `out`, a folder for the new runs, for example "../results/embedded/reproduced"')
+        raise ValueError(
+            "parameter `retrain = True` needs `out`, a folder for the new runs, for example "
+            '"../results/embedded/reproduced"'
+        )
     records = run_all(experiments, Path(out) / "runs" if out else committed, workers, data_root or None)
     known = [e for e in experiments if read_state(committed / e.name)["state"] == "done"]
     return records, load_records(known, committed) if source == "embedded" else None

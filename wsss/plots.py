@@ -120,13 +120,13 @@ def matrix(
 
 
 def co_occurrences(datasets: Sequence[Dataset[Sample]]) -> None:
-    """P(column | row) of the image-level labels, one panel a dataset; a class in no image has a blank row."""
+    """P(column | row) of the image-level labels in percent, one panel a dataset; a class in no image has a blank row."""
     classes = datasets[0].classes
-    size = (0.8 + 0.36 * len(classes) * len(datasets), 1.2 + 0.3 * len(classes))
-    _, axes = plt.subplots(1, len(datasets), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    size = (0.8 + 0.36 * len(classes) * len(datasets), 1.3 + 0.3 * len(classes))
+    figure, axes = plt.subplots(1, len(datasets), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure.suptitle("Of the images with the class of the row, how many have the class of the column (%)", fontsize=11)
     for ax, dataset in zip(axes[0], datasets):
-        title = f"{dataset.split}: P(column in the image | row in the image)"
-        matrix(co_occurrence(dataset.labels), classes, classes, title, ".1f", ax)
+        matrix(100 * co_occurrence(dataset.labels), classes, classes, dataset.split, ".0f", ax)
 
 
 def samples(datasets: Sequence[Dataset[Sample]], count: int) -> None:
@@ -146,7 +146,10 @@ def samples(datasets: Sequence[Dataset[Sample]], count: int) -> None:
 
 
 def histories(records: Sequence, terms: Sequence[str], title: str = "") -> None:
-    """Loss terms over the steps, one panel a term, one line an arm (mean and range over seeds)."""
+    """Loss terms over the steps, one panel a term, one line an arm (mean and range over seeds).
+
+    Terms that no record has get no panel; ValueError when no record has any.
+    """
     rows = [
         {"step": point["step"], "term": term, "value": point[term], "run": f"{r.method}.{r.variant}, {r.arm}"}
         for r in records
@@ -154,12 +157,17 @@ def histories(records: Sequence, terms: Sequence[str], title: str = "") -> None:
         for term in terms
         if term in point
     ]
+    if not rows:
+        known = dict.fromkeys(name for r in records for point in r.history for name in point if name != "step")
+        raise ValueError(f"no run has any of the terms {', '.join(terms)}; they have {', '.join(known)}")
     frame = pd.DataFrame(rows)
     shown = [term for term in terms if term in set(frame["term"])]
+    arms = frame["run"].unique()  # one order for all panels: an arm keeps its colour where another lacks the term
     figure, axes = plt.subplots(1, len(shown), figsize=(2.7 * len(shown), 2.7), squeeze=False, layout="constrained")
     for ax, term in zip(axes[0], shown):
         own = frame[frame["term"] == term]
-        sns.lineplot(own, x="step", y="value", hue="run", errorbar=("pi", 100), ax=ax, legend=ax is axes[0][-1])
+        last = ax is axes[0][-1]
+        sns.lineplot(own, x="step", y="value", hue="run", hue_order=arms, errorbar=("pi", 100), ax=ax, legend=last)
         ax.set(title=f"weighted L_{term}", ylabel="", xlabel="step")
     if axes[0][-1].get_legend():
         sns.move_legend(axes[0][-1], "upper left", bbox_to_anchor=(1.02, 1), title="", fontsize=7, frameon=False)
@@ -185,7 +193,7 @@ def sensitivity(frame: pd.DataFrame, field: str, value: str, chosen: object, yla
     sns.lineplot(frame, x=field, y=value, errorbar=None, marker="o", color="0.6", ax=ax)
     sns.scatterplot(frame, x=field, y=value, s=14, color="tab:blue", ax=ax)
     ax.axvline(chosen, color="tab:orange", linestyle=":", linewidth=1.5)
-    ax.set(ylabel=ylabel, title=field)
+    ax.set(ylabel=ylabel, xlabel="", title=field)
 
 
 def bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, title: str, size=(9, 3.2)) -> None:
