@@ -484,7 +484,8 @@ def obtain(
     when `out` is "" (which is not allowed for the embedded benchmark: it would overwrite the committed records).
 
     Returns:
-        records, and the committed records of the same experiments when the first were trained anew, else None.
+        records, and the committed records of the same experiments when the first were trained anew and there are any,
+        else None.
     """
     source = RECIPE_DATASETS[experiments[0].dataset]
     identity = "embedded" if source == "embedded" else cached_dataset(source, "val", data_root or None).identity
@@ -498,4 +499,4 @@ def obtain(
         )
     records = run_all(experiments, Path(out) / "runs" if out else committed, workers, data_root or None)
     known = [e for e in experiments if read_state(committed / e.name)["state"] == "done"]
-    return records, load_records(known, committed) if source == "embedded" else None
+    return records, load_records(known, committed) if source == "embedded" and known else None
