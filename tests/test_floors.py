@@ -29,7 +29,7 @@ class Two(torch.utils.data.Dataset):
 
 
 def test_two_images_by_hand():
-    """Truth: 17 background, 10 a, 4 b, 1 void. Discs of radius 0.2 to 0.35 cover the inner 4 pixels and are the best."""
+    """Truth: 17 background, 10 a, 4 b, 1 void. Discs of radius 0.2 to 0.35 cover the inner 4 pixels: the best ones."""
     expected = {
         "all background": 17 / 31 / 3,
         "best centred disc": (12 / 28 + 2 / 16 + 0) / 3,

@@ -1,8 +1,8 @@
-"""What a score on a dataset is worth: what it takes no network to reach, and what no grid of patches can exceed by much.
+"""What a score on a dataset is worth: what takes no network to reach, and what no grid of patches can exceed by much.
 
-A mean IoU means little without its floor (a rule that never looks at the image) and its ceiling (a network that makes no
-mistake but predicts one label distribution for each patch). Both depend on the split: on how large, how central and how
-jagged its objects are.
+A mean IoU means little without its floor (a rule that never looks at the image) and its ceiling (a network that makes
+no mistake but predicts one label distribution for each patch). Both depend on the split: on how large, how central and
+how jagged its objects are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -111,8 +111,13 @@ def grid_prediction(mask: Tensor, classes: int, grid: tuple[int, int], mode: str
     Returns:
         int64 (H, W) in 0..classes-1.
     """
+    present = mask.flatten().bincount(minlength=VOID + 1)[:classes]
+    present[0] += 1  # a patch that is void altogether becomes background
+    present = present.nonzero()[:, 0]  # the other classes have no share anywhere
+    compact = torch.searchsorted(present, mask).where(mask != VOID, VOID)
     corners = {"align_corners": False} if mode == "bilinear" else {}
-    return F.interpolate(class_shares(mask, classes, grid)[None], tuple(mask.shape), mode=mode, **corners)[0].argmax(0)
+    shares = F.interpolate(class_shares(compact, len(present), grid)[None], tuple(mask.shape), mode=mode, **corners)[0]
+    return present[shares.max(0).indices]  # the arg max; `argmax` takes twenty times as long
 
 
 def sentence(floors: Mapping[str, float]) -> str:

@@ -120,7 +120,7 @@ def matrix(
 
 
 def co_occurrences(datasets: Sequence[Dataset[Sample]]) -> None:
-    """P(column | row) of the image-level labels in percent, one panel a dataset; a class in no image has a blank row."""
+    """P(column | row) of the image-level labels in %, one panel a dataset; a class in no image has a blank row."""
     classes = datasets[0].classes
     size = (0.8 + 0.36 * len(classes) * len(datasets), 1.3 + 0.3 * len(classes))
     figure, axes = plt.subplots(1, len(datasets), figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -141,7 +141,8 @@ def samples(datasets: Sequence[Dataset[Sample]], count: int) -> None:
             labels(masks[index], sample.mask, classes)
         images[0].set_ylabel(dataset.split, fontsize=9)
         masks[0].set_ylabel("mask", fontsize=9)
-    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(("background", *classes), colours(len(classes)))]
+    named = zip(("background", *classes), colours(len(classes)))
+    handles = [Patch(facecolor=colour, label=name) for name, colour in named]
     axes[0, 0].figure.legend(handles=handles, fontsize=8, loc="outside lower center", ncol=count, frameon=False)
 
 
