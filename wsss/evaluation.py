@@ -13,7 +13,7 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from wsss.data import Sample
 from wsss.data.transforms import resize_for_evaluation

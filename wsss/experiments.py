@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from wsss import methods, states
 from wsss.backbones.vit import TINY, TINY_WEIGHTS, MultiTokenViT
