@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -484,8 +485,8 @@ def obtain(
     when `out` is "" (which is not allowed for the embedded benchmark: it would overwrite the committed records).
 
     Returns:
-        records, and the committed records of the same experiments when the first were trained anew and there are any,
-        else None.
+        records, and when they were trained anew the committed records of the same arms, of all seeds that are there, to
+        show their spread; None where there are none.
     """
     source = RECIPE_DATASETS[experiments[0].dataset]
     identity = "embedded" if source == "embedded" else cached_dataset(source, "val", data_root or None).identity
@@ -498,5 +499,7 @@ def obtain(
             '"../results/embedded/reproduced"'
         )
     records = run_all(experiments, Path(out) / "runs" if out else committed, workers, data_root or None)
-    known = [e for e in experiments if read_state(committed / e.name)["state"] == "done"]
+    done = lambda experiment: read_state(committed / experiment.name)["state"] == "done"
+    arms = {first.name: first for first in (replace(e, seed=0) for e in experiments)}.values()
+    known = [e for arm in arms for e in takewhile(done, (replace(arm, seed=seed) for seed in count()))]
     return records, load_records(known, committed) if source == "embedded" and known else None
