@@ -342,3 +342,83 @@ def test_keys_name_protocol_map_crf_and_threshold():
 
 def test_thresholds_by_map_name():
     assert [NATIVE.threshold(name) for name in ("cam", "cam_aux", "lam", "fused")] == [0.6, 0.6, 0.3, 0.2]
+
+
+def test_golden_seco_seg_inference_fusion_as_a_protocol(golden):
+    """Squares of the recorded sizes go in; what comes out at the size of the truth is the recorded prediction."""
+    arrays = golden("seco_seg_inference_fusion_released")
+    scales, sizes, prediction = arrays["scales"].tolist(), arrays["call_hw"].tolist(), arrays["prediction"][0].long()
+    method, dataset = Stub(), Toy(sizes=())
+    height, width = arrays["label_hw"].tolist()
+    dataset.classes = tuple(map(str, range(arrays["fused_logits"].shape[1] - 1)))
+    dataset.samples = [Sample(torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(1), prediction, "golden")]
+    seen = []
+
+    def segment(images):
+        seen.append(list(images.shape[2:]))
+        return arrays[f"logits_{len(seen) - 1}"]
+
+    method.segment = segment
+    config = replace(NATIVE, eval_size=round(sizes[0][0] / scales[0]), decoder_scales=tuple(scales), eval_flip=True)
+    scores = evaluate(method, dataset, [DECODER], config, progress=False)[DECODER.key]
+    assert seen == sizes
+    assert scores.pixel_accuracy == 1
+
+
+class Probable(Stub):
+    """Its map "patch" has a background channel."""
+
+    probability_maps = ("patch",)
+
+    def maps(self, images):
+        return super().maps(images) | {"patch": self._apply_to(patch_probabilities, images)}
+
+
+def patch_probabilities(x):
+    scores = np.exp(2 * decoder_logits(x))
+    return scores / scores.sum(-3, keepdims=True)
+
+
+def merged_mask(request, sample, config, crf=False):
+    """The arg max of averaged probabilities after the labels are merged in, and before that the CRF's input."""
+    x, total = network_input(sample, config), 0
+    for scale in config.map_scales:
+        scaled = bilinear(x, [int(scale * n) for n in x.shape[-2:]])
+        own = patch_probabilities(scaled)
+        if config.eval_flip:
+            own = (own + patch_probabilities(scaled[..., ::-1])[..., ::-1]) / 2
+        total = total + (own if scale == config.map_scales[0] else bilinear(own, total.shape[-2:]))
+    present = [0, *(c + 1 for c in present_classes(request, sample, config))]
+    merged = np.zeros_like(total)
+    for c in present:
+        merged[c] = total[c] / total[c].max()
+    merged = bilinear(merged / merged.sum(0), sample.mask.shape)
+    if not crf:
+        return merged.argmax(0)
+    options = (config.crf_gaussian, config.crf_bilateral)
+    refined = dense_crf(sample.image.permute(1, 2, 0), merged[present], 10, *options).argmax(0).numpy()
+    return np.array(present)[refined]
+
+
+@pytest.mark.parametrize("crf", [False, True], ids=["plain", "crf"])
+@pytest.mark.parametrize("config", [NATIVE, SQUASHED], ids=["native", "squashed"])
+@pytest.mark.parametrize("protocol", ["maps-given-labels", "maps-predicted-labels"])
+def test_probabilities_with_a_background_are_merged_with_labels(protocol, config, crf):
+    dataset, request = Toy(), Request(protocol, "patch", crf=crf)
+    scores = evaluate(Probable(), dataset, [request], config, progress=False)[request.key]
+    masks = [merged_mask(request, sample, config, crf) for sample in dataset.samples]
+    np.testing.assert_allclose(scores.iou, expected_iou(masks, dataset.samples), rtol=1e-12)
+
+
+def test_probabilities_and_other_maps_in_one_call():
+    both = [Request("maps-given-labels", "patch"), *GIVEN]
+    scores = evaluate(Probable(), Toy(), both, SQUASHED, progress=False)
+    for request in both:
+        alone = evaluate(Probable(), Toy(), [request], SQUASHED, progress=False)[request.key]
+        assert torch.equal(scores[request.key].iou.nan_to_num(-1), alone.iou.nan_to_num(-1))
+
+
+def test_no_threshold_for_a_map_with_a_background():
+    swept = Request("maps-given-labels", "patch", threshold=0.5)
+    with pytest.raises(ValueError, match="maps-given-labels/patch@0.5: the map 'patch' has a background channel"):
+        evaluate(Probable(), Toy(), [swept], NATIVE, progress=False)

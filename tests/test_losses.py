@@ -181,3 +181,28 @@ def test_bad_shapes_are_named():
         dense_energy_loss(rgb[..., :4], logits, label, **ENERGY)
     with pytest.raises(ValueError, match=r"valid \(2, 3, 8\)"):
         dense_energy_loss(rgb, logits, label, **ENERGY, valid=label[:, :3].bool())
+
+
+# SeCo's arrays are float32 results of its released code.
+RELEASED = {"rtol": 1e-4, "atol": 1e-5}
+RELEASED_GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
+
+
+def test_golden_seco_seg_loss(golden):
+    data = golden("seco_seg_loss_released")
+    cases = sorted({key.split("_")[0] for key in data})
+    assert {f"{case}_{part}" for case in cases for part in ("logits", "label", "loss", "grad_logits")} == set(data)
+    for case in cases:
+        logits = data[f"{case}_logits"].requires_grad_()
+        loss, gradient = with_gradient(segmentation_loss(logits, data[f"{case}_label"]), logits)
+        torch.testing.assert_close(loss.item(), data[f"{case}_loss"], **RELEASED)
+        torch.testing.assert_close(gradient, data[f"{case}_grad_logits"], **RELEASED_GRADIENT)
+
+
+def test_golden_seco_ptc(golden):
+    data = golden("seco_ptc_released")
+    assert torch.equal(pairwise_affinity(data["token_label"]).long(), data["affinity_mask"])
+    features = data["features"].requires_grad_()
+    loss, gradient = with_gradient(ptc_loss(features, data["token_label"]), features)
+    torch.testing.assert_close(loss.item(), data["loss"], **RELEASED)
+    torch.testing.assert_close(gradient, data["grad_features"], **RELEASED_GRADIENT)

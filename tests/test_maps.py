@@ -5,9 +5,11 @@ import torch
 
 from wsss.maps import (
     add_background,
+    merge_labels,
     minmax,
     multi_scale,
     multi_scale_logits,
+    multi_scale_probabilities,
     predict,
     resize,
     three_way,
@@ -201,3 +203,85 @@ def test_bad_input_is_named():
         multi_scale(lambda x: {"cam": x}, images, [], relu={"cam": True})
     with pytest.raises(KeyError, match='no map "lam"; this method returns cam'):
         multi_scale(lambda x: {"cam": x}, images, [1], relu={"lam": True})
+
+
+def test_golden_seco_multiscale_cam(golden):
+    data = golden("seco_multiscale_cam_released")
+    scales, names = data["scales"].tolist(), ("cam", "cam_aux")
+    sizes = [[int(scale * side) for side in data["image_hw"].tolist()] for scale in scales]
+    assert sizes == data["call_hw"].tolist()
+    recorded = [{name: data[f"{name}_logits_{i}"] for name in names} for i in range(len(scales))]
+    images = torch.rand(len(data["cam"]), 3, *data["image_hw"].tolist())
+    network = StubNetwork(images, scales, recorded)
+    maps = multi_scale(network, images, scales, relu=dict.fromkeys(names, True))
+    assert network.calls == len(scales)
+    for name in names:
+        torch.testing.assert_close(maps[name], data[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_seco_pseudo_mask(golden, dtype):
+    """The labels that have 255 or no band; the mask that tags are read from is `seco.pseudo_mask`."""
+    data = golden("seco_pseudo_mask_released")
+    cam, labels = data["cam"].to(dtype), data["image_labels"].to(dtype)
+    torch.testing.assert_close(cam * labels[:, :, None, None], data["valid_cam"].to(dtype), rtol=0, atol=0)
+    outside = torch.ones(cam.shape[0], *cam.shape[2:], dtype=torch.bool)
+    for one, (top, bottom, left, right) in zip(outside, data["img_box"].tolist(), strict=True):
+        one[top:bottom, left:right] = False
+    # Some scores equal a threshold as float32 has it.
+    high, low, background = (
+        torch.tensor(data[f"{name}_threshold"]).to(dtype).item() for name in ("high", "low", "background")
+    )
+    plain = predict(cam, labels, background)
+    assert torch.equal(plain, data["label_plain"])
+    assert torch.equal(plain.masked_fill(outside, 255), data["label_box"])
+    banded = three_way(cam, labels, high, low).masked_fill(outside, 255)
+    assert torch.equal(banded, data["label_box_ignore_mid"])
+
+
+def test_golden_seco_seg_inference_fusion(golden):
+    data = golden("seco_seg_inference_fusion_released")
+    scales, size = data["scales"].tolist(), data["label_hw"].tolist()
+    side = round(data["call_hw"][0, 0].item() / scales[0])
+    assert [[int(scale * side)] * 2 for scale in scales] == data["call_hw"].tolist()
+    images = torch.rand(len(data["fused_logits"]), 3, side, side)
+    network = StubNetwork(images, scales, [data[f"logits_{i}"] for i in range(len(scales))])
+    fused = multi_scale_logits(network, images, scales, size=tuple(size))
+    torch.testing.assert_close(fused, data["fused_logits"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(fused.argmax(1), data["prediction"].long())
+
+
+def test_probabilities_are_averaged_on_the_grid_of_the_first_scale():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 8, 12, dtype=torch.float64)
+    recorded = [{"patch": torch.rand(4, 5, *grid).softmax(1).double()} for grid in ((4, 6), (2, 3))]
+    network = StubNetwork(images, [1.0, 0.5], recorded)
+    found = multi_scale_probabilities(network, images, [1.0, 0.5], ["patch"])["patch"]
+    halves = [(maps["patch"][:2] + maps["patch"][2:].flip(-1)) / 2 for maps in recorded]
+    torch.testing.assert_close(found, (halves[0] + resize(halves[1], (4, 6))) / 2)
+    torch.testing.assert_close(found.sum(1), torch.ones(2, 4, 6, dtype=torch.float64))
+
+
+def test_probabilities_of_one_scale_are_those_of_the_network():
+    images = torch.rand(2, 3, 8, 12, dtype=torch.float64)
+    recorded = torch.rand(2, 5, 4, 6)
+    network = StubNetwork(images, [1.0], [{"patch": recorded}], flip=False)
+    assert torch.equal(multi_scale_probabilities(network, images, [1.0], ["patch"], flip=False)["patch"], recorded)
+    with pytest.raises(ValueError, match="scales is empty"):
+        multi_scale_probabilities(network, images, [], ["patch"])
+
+
+def test_merged_labels_by_hand():
+    background, a, b = [0.5, 0.25], [0.4, 0.5], [0.1, 0.25]
+    maps = torch.tensor([background, a, b])[None, :, None]
+    merged = merge_labels(maps, torch.tensor([[1.0, 0.0]]))[0, :, 0]
+    torch.testing.assert_close(merged, torch.tensor([[1 / 1.8, 0.5 / 1.5], [0.8 / 1.8, 1 / 1.5], [0, 0]]))
+    nothing = merge_labels(torch.zeros(1, 3, 1, 2), torch.tensor([[1.0, 0.0]]))
+    assert torch.equal(nothing, torch.zeros(1, 3, 1, 2)), "0 / 0 is 0"
+    alone = merge_labels(maps, torch.zeros(1, 2))[0, :, 0]
+    assert torch.equal(alone, torch.tensor([[1.0, 1], [0, 0], [0, 0]])), "an image without classes is background"
+
+
+def test_merged_labels_must_fit():
+    with pytest.raises(ValueError, match=r"merge_labels: labels have shape \(1, 3\).* need \(1, 2\)"):
+        merge_labels(torch.rand(1, 3, 4, 4), torch.ones(1, 3))

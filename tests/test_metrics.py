@@ -172,3 +172,28 @@ def test_bad_sizes_are_named():
         ConfusionMatrix(0)
     with pytest.raises(ValueError, match=r"logits \(2, 3\) and labels \(2, 4\)"):
         classification_f1(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_golden_seco_metrics(golden):
+    data = golden("seco_metrics_released")
+    matrix = ConfusionMatrix(data["num_classes"])
+    for prediction, truth in zip(data["predictions"], data["labels"], strict=True):
+        matrix.update(prediction, truth)
+    scores = matrix.scores()
+    for name in ("iou", "precision", "recall", "confusion_ratio", "miou", "pixel_accuracy"):
+        assert_equal_scores(getattr(scores, name), data[name])
+    assert_equal_scores(scores.mean_recall, data["mean_accuracy"])
+
+
+def test_golden_seco_metrics_of_pseudo_masks(golden):
+    data = golden("seco_metrics_released")
+    matrix = ConfusionMatrix(data["num_classes"])
+    matrix.update(data["predictions_with_ignore"], data["labels"], drop_unlabelled=True)
+    assert_equal_scores(matrix.scores().miou, data["pseudo_miou"])
+    assert_equal_scores(matrix.scores().iou, data["pseudo_iou"])
+
+
+def test_golden_seco_metrics_of_image_labels(golden):
+    data = golden("seco_metrics_released")
+    f1 = classification_f1(data["cls_pred"] - 0.5, data["cls_true"])
+    assert_equal_scores(f1, data["cls_f1"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss.maps import add_background, resize
+from wsss.data.transforms import denormalise
+from wsss.maps import UNCERTAIN, add_background, resize
 from wsss.refine import PAR, dense_crf, refine_with_background
 
 EXACT = {"rtol": 1e-7, "atol": 1e-9}
@@ -230,3 +231,47 @@ def test_bad_input_is_named():
         dense_crf(torch.zeros(8, 8, 3), torch.full((2, 8, 8), 0.5))
     with pytest.raises(ValueError, match=r"expected \(K, H, W\) with the image's H and W, \(8, 8\)"):
         dense_crf(torch.zeros(8, 8, 3, dtype=torch.uint8), torch.full((2, 4, 4), 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_seco_par(golden, dtype):
+    data = golden("seco_par_released")
+    for size in ("full", "small"):
+        par = PAR(data[f"dilations_{size}"].tolist(), data[f"num_iter_{size}"])
+        refined = par(data["images"].to(dtype), data["masks"].to(dtype))
+        torch.testing.assert_close(refined, data[f"refined_{size}"].to(dtype), rtol=0, atol=1e-5)
+
+
+def test_golden_seco_refine(golden):
+    """Labels as `Cam` makes them: PAR sees whole grey levels, and padding gets no label."""
+    data = golden("seco_refine_released")
+    grey_levels = (255 * data["images_01"]).round()
+    # The arrays leave 0..255, which no image does, and the reference lets those values wrap around.
+    ours = denormalise(data["images_normalised"])
+    different = ours.trunc().remainder(256) != grey_levels
+    assert different.double().mean() < 1e-3, "but for values that rounding moves past a whole number"
+    inside = (ours >= 0) & (ours <= 255)
+    assert (ours.clamp(0, 255).floor() - grey_levels)[inside].abs().max() <= 1
+    label = refine_with_background(
+        PAR(), grey_levels, data["valid_cam"], data["image_labels"], data["high_threshold"], data["low_threshold"]
+    )
+    for one, (top, bottom, left, right) in zip(label, data["img_box"].tolist(), strict=True):
+        outside = torch.ones_like(one, dtype=torch.bool)
+        outside[top:bottom, left:right] = False
+        one[outside] = UNCERTAIN
+    wrong = label != data["refined_label"]
+    assert not wrong[data["stable"]].any()
+    assert wrong.double().mean() <= 0.003
+
+
+def test_golden_seco_crf(golden):
+    data = golden("seco_crf_released")
+    posterior = dense_crf(
+        data["image"],
+        data["probabilities"],
+        iterations=data["iterations"],
+        gaussian=(data["pos_weight"], data["pos_xy_std"]),
+        bilateral=(data["bilateral_weight"], data["bilateral_xy_std"], data["bilateral_rgb_std"]),
+    )
+    torch.testing.assert_close(posterior, data["posterior"], rtol=0, atol=1e-4)
+    assert (posterior.argmax(0) == data["prediction"]).double().mean() >= 0.995

@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from wsss.data import Sample
-from wsss.representations import describe_tokens
+from wsss.methods.apc import pool
+from wsss.representations import (
+    DistanceStream,
+    boundary_band,
+    depths,
+    describe_patches,
+    describe_tokens,
+    majority_labels,
+)
 
 CLASSES, DIM, PATCHES = 3, 6, 5
 
@@ -102,3 +110,114 @@ def test_only_the_first_images_count():
     method = Stub()
     described = describe_tokens(method, Toy(), 6)
     assert method.seen == [6] and described["classes"] == [c for i, c in present() if i < 6]
+
+
+# ------------------------------------------------------------------------------------------------------------ patches
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_golden_apc_dist(golden, dtype, tolerance):
+    data = golden("apc_dist")
+    stream = DistanceStream(data["num_classes"])
+    for features, labels in zip(data["F"].to(dtype).split(7), data["label"].split(7), strict=True):
+        stream.update(features, labels, data["ignore"])
+    found = stream.result()
+    assert torch.equal(found.count, data["count"])
+    names = {
+        **{name: name for name in ("intra_per_class", "inter_matrix", "intra", "inter", "intra_micro", "inter_micro")},
+        **{name.replace("proto_", "prototype_"): name for name in ("intra_proto_per_class",)},
+        "intra_prototype": "intra_proto",
+        "inter_prototype": "inter_proto",
+        "prototype": "prototype",
+    }
+    for ours, theirs in names.items():
+        value, expected = torch.as_tensor(getattr(found, ours)).double(), torch.as_tensor(data[theirs]).double()
+        if ours == "prototype":
+            value, expected = value[data["count"] > 0], expected[data["count"] > 0]
+        torch.testing.assert_close(value, expected, rtol=0, atol=tolerance, equal_nan=True, msg=ours)
+
+
+def test_majority_label_of_a_patch():
+    mask = torch.tensor([[[0, 0, 3, 3], [0, 1, 255, 255], [1, 2, 2, 0], [2, 1, 0, 255]]])
+    assert majority_labels(mask, 2).tolist() == [[[0, 3], [1, 0]]]
+    assert majority_labels(mask, 4).shape == (1, 1, 1)
+
+
+def test_boundary_band_keeps_pixels_near_another_label():
+    mask = torch.zeros(1, 9, 9, dtype=torch.long)
+    mask[0, :, 6:] = 2
+    band = boundary_band(mask, 2)
+    assert torch.equal(band[0, :, 4:8], mask[0, :, 4:8])
+    assert (band[0, :, :4] == 255).all() and (band[0, :, 8:] == 255).all()
+    assert (boundary_band(torch.zeros_like(mask)) == 255).all(), "no contour, no band"
+
+
+def test_depths_are_distances_to_the_contour():
+    inside = np.zeros((7, 9), bool)
+    inside[2:5, 2:7] = True
+    found = depths(inside)
+    assert found[3, 4] == 2 and found[2, 4] == 1 and found[1, 4] == -1 and found[0, 4] == -2
+    assert found[0, 0] == pytest.approx(-np.hypot(2, 2), abs=1e-3)
+
+
+class Squares(torch.utils.data.Dataset):
+    """Six images of 16 x 16; image i has a square of class i % 2 + 1 at its left."""
+
+    classes = ("a", "b")
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        mask, label = torch.zeros(16, 16, dtype=torch.int64), torch.zeros(2)
+        mask[2:14, :8] = index % 2 + 1
+        label[index % 2] = 1
+        image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+        image[index % 2, 2:14, :8] = 200
+        return Sample(image, label, mask, str(index))
+
+
+class Sure(nn.Module):
+    """Patches of 4 x 4 pixels that know their class from their colour; their features are their scores."""
+
+    class config:
+        theta, max_k = 0.9, 6
+
+    class backbone:
+        patch_size = 4
+
+    def __init__(self, pooling):
+        super().__init__()
+        self.pooling, self.weight, self.decoder = pooling, nn.Parameter(torch.zeros(())), "its own arg max"
+
+    def patch_scores(self, images):
+        means = torch.nn.functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)
+        scores = torch.cat([torch.full_like(means[..., :1], -1.5), means[..., :2]], 2).mul(5).softmax(2)
+        return scores, scores
+
+    def pool(self, scores):
+        return pool(scores, self.pooling, self.config.max_k, self.config.theta)
+
+    def segment(self, images):
+        return self.patch_scores(images)[1].transpose(1, 2).unflatten(2, (4, 4)).log()
+
+
+def test_patches_of_a_network_that_is_sure():
+    described = {pooling: describe_patches(Sure(pooling), Squares(), 6) for pooling in ("adaptive", "max", "average")}
+    own = described["adaptive"]
+    assert 2 * own["intra"] < own["inter"] and 2 * own["intra_prototype"] < own["inter_prototype"]
+    assert len(own["k_shares"]) == 6 and sum(own["k_shares"]) == pytest.approx(1, abs=1e-3)
+    assert 1 < own["k_mean"] <= 6 and described["max"]["k_mean"] == 1 and described["max"]["k_shares"][0] == 1
+    assert described["max"]["k_rank_correlation"] is None, "a constant k has no rank"
+    outer, near, edge, inner = own["heat"]
+    assert outer < near < edge < inner
+    assert described["max"]["outlier_error"] > 0.9, "one patch is enough for max pooling"
+    assert described["adaptive"]["outlier_error"] == described["max"]["outlier_error"], "and for a set that starts with it"
+    assert described["average"]["outlier_rise"] < 2 / 16, "one of 16 patches"
+    assert own["outlier_rise"] <= own["outlier_error"]
+    assert 0.5 < own["boundary_miou"] < 1
+
+
+def test_the_same_seed_injects_the_same_outliers():
+    one, same = (describe_patches(Sure("average"), Squares(), 6, seed=3) for _ in range(2))
+    assert one == same

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from wsss import training
+from wsss.data import Sample
 from wsss.data.scenes import Scenes
 from wsss.training import TrainConfig, batches, load_checkpoint, parameter_groups, rate_factor, train
 
@@ -35,6 +37,8 @@ CONFIG = TrainConfig(
 
 class Dummy(nn.Module):
     """A method of two layers that also draws random numbers, as L_ure does."""
+
+    batch_fields, views = (), None
 
     def __init__(self):
         super().__init__()
@@ -167,3 +171,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(scenes):
 def test_bad_fields_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **{field: value})
+
+
+class Slope(nn.Module):
+    """Two scalars that start at 0 and whose gradients are always 1, one trained as backbone and one as head."""
+
+    batch_fields, views = (), None
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.ParameterList([nn.Parameter(torch.zeros(()))])
+        self.head = nn.Parameter(torch.zeros(()))
+
+    def losses(self, batch, step):
+        return {"slope": self.backbone[0] + self.head}
+
+
+def test_golden_seco_lr_schedule(golden, monkeypatch):
+    """Rates, also two steps past the end, and where AdamW leads the loop with them."""
+    arrays = golden("seco_lr_schedule_released")
+    base, head = arrays["base_lr"].tolist()
+    schedule = dataclasses.replace(
+        CONFIG,
+        crop=8,
+        batch_size=1,
+        steps=arrays["max_iter"],
+        lr=base,
+        head_lr_multiplier=head / base,
+        warmup_steps=arrays["warmup_iter"],
+        warmup_ratio=arrays["warmup_ratio"],
+        poly_power=arrays["power"],
+        clip_norm=0.0,
+    )
+    used = arrays["lr_used_at_step"]
+    factors = torch.tensor([rate_factor(step, schedule) for step in range(len(used))], dtype=torch.float64)
+    torch.testing.assert_close(factors[:, None] * arrays["base_lr"], used, rtol=1e-9, atol=0)
+
+    monkeypatch.setattr(training, "rate_factor", lambda step, config: rate_factor(step, schedule))
+    method = Slope()
+    image = Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(1), None, "black")
+    longer = dataclasses.replace(schedule, steps=len(used))
+    train(method, [image], longer, 0, progress=False)
+    after = torch.stack([method.backbone[0], method.head]).detach().double()
+    torch.testing.assert_close(after, arrays["parameter_after"], rtol=1e-4, atol=0)

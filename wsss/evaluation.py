@@ -4,6 +4,9 @@
 - `maps-given-labels`: a class map, thresholded, filtered by the image-level ground truth. For seeds and pseudo masks of
   training images; on any other split it must be asked for explicitly, since labels are not known there.
 - `maps-predicted-labels`: the same, filtered by the classes that the model itself predicts. No labels are used.
+
+Maps that a method names in `probability_maps` have a background channel and are not thresholded: labels are merged into
+the probabilities (`maps.merge_labels`), and the arg max over background and classes decides.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +20,16 @@ from tqdm import tqdm
 
 from wsss.data import Sample
 from wsss.data.transforms import resize_for_evaluation
-from wsss.maps import add_background, minmax, multi_scale, multi_scale_logits, predict, resize
+from wsss.maps import (
+    add_background,
+    merge_labels,
+    minmax,
+    multi_scale,
+    multi_scale_logits,
+    multi_scale_probabilities,
+    predict,
+    resize,
+)
 from wsss.metrics import ConfusionMatrix, Scores
 from wsss.refine import dense_crf
 
@@ -64,7 +76,7 @@ class EvalConfig:
 class Request:
     """One score: a protocol, the map it reads ("decoder" for the decoder), with a CRF or without.
 
-    `threshold` replaces the recipe's background score, for sweeps; neither the decoder nor a CRF reads one.
+    `threshold` replaces the recipe's background score, for sweeps; the decoder, a CRF and maps of probabilities read none.
     """
 
     protocol: str
@@ -107,10 +119,12 @@ def evaluate(
         `Request.key` -> `Scores`. Pixels marked 255 in the truth are left out.
 
     Raises:
-        ValueError: a split without masks, labels given on a held-out split, or a decoder that the method does not have.
+        ValueError: a split without masks, labels given on a held-out split, a decoder that the method does not have, or
+            a threshold for a map that needs none.
     """
     requests = list(requests)
     _check(dataset, requests, labels_on_held_out)
+    _check_thresholds(method, requests)
     method.to(device).eval()
     matrices = {request.key: ConfusionMatrix(len(dataset.classes) + 1) for request in requests}
     total = len(dataset) if images is None else min(images, len(dataset))
@@ -140,6 +154,19 @@ def _check(dataset: Dataset, requests: list[Request], labels_on_held_out: bool) 
         )
 
 
+def _probability_maps(method: nn.Module) -> tuple[str, ...]:
+    return getattr(method, "probability_maps", ())
+
+
+def _check_thresholds(method: nn.Module, requests: list[Request]) -> None:
+    for request in requests:
+        if request.threshold is not None and request.map in _probability_maps(method):
+            raise ValueError(
+                f"{request.key}: the map {request.map!r} has a background channel, whose score no threshold replaces; "
+                "leave `threshold` out"
+            )
+
+
 def _batches(dataset: Dataset[Sample], total: int) -> Iterator[list[Sample]]:
     """Runs of consecutive images that fit into one batch: of one size, at most `BATCH` of them."""
     samples = (dataset[index] for index in range(total))
@@ -152,7 +179,7 @@ def _scores(
     method: nn.Module, inputs: Tensor, size: tuple[int, int], requests: list[Request], config: EvalConfig
 ) -> dict[str, Tensor]:
     """Everything the requests need: decoder logits at the `size` of the truth, where the released code fuses scales;
-    normalised maps at input size; predicted image labels (B, C).
+    normalised maps at input size, or probabilities at patch size; predicted image labels (B, C).
     """
     names = {request.map for request in requests}
     scores = {}
@@ -175,8 +202,12 @@ def _scores(
                 present["labels"] = (maps["class_logits"][: len(inputs), :, 0, 0] > 0).float()
             return maps
 
-        relu = {name: name in config.map_relu for name in sorted(wanted)}
-        scores |= multi_scale(forward, inputs, config.map_scales, relu, config.eval_flip)
+        probabilities = sorted(wanted & set(_probability_maps(method)))
+        relu = {name: name in config.map_relu for name in sorted(wanted - set(probabilities))}
+        if relu:
+            scores |= multi_scale(forward, inputs, config.map_scales, relu, config.eval_flip)
+        if probabilities:
+            scores |= multi_scale_probabilities(forward, inputs, config.map_scales, probabilities, config.eval_flip)
         if not present:
             forward(inputs)
         scores["labels"] = present["labels"]
@@ -192,23 +223,30 @@ def _predictions(request: Request, scores: dict[str, Tensor], samples: list[Samp
         labels = torch.stack([sample.label for sample in samples]).to(maps.device)
     else:
         labels = scores.get("labels")
+    probable = request.map != "decoder" and maps.shape[1] == labels.shape[1] + 1  # with a background channel
+    if probable:
+        maps = merge_labels(maps, labels)
     threshold = request.threshold
-    if threshold is None and request.map != "decoder":
+    if threshold is None and request.map != "decoder" and not probable:
         threshold = config.threshold(request.map)
     predictions = []
     for index, sample in enumerate(samples):
         own = resize(maps[index : index + 1], tuple(sample.mask.shape))
         if request.map == "decoder":
-            classes, probabilities, plain = None, own[0].softmax(0), own[0].argmax(0)
+            classes = torch.arange(own.shape[1])
+            probabilities, plain = own[0].softmax(0), own[0].argmax(0)
         else:
             # The CRF sees only the classes that may appear: it is faster, and absent ones are no rivals.
             kept = labels[index].nonzero()[:, 0]
             classes = torch.cat([kept.new_zeros(1), kept + 1])
-            probabilities = add_background(own[0, kept]) if len(kept) else own.new_ones(1, *own.shape[-2:])
-            plain = predict(own, labels[index : index + 1], threshold)[0]
+            if probable:
+                probabilities, plain = own[0, classes], own[0].argmax(0)
+            else:
+                probabilities = add_background(own[0, kept]) if len(kept) else own.new_ones(1, *own.shape[-2:])
+                plain = predict(own, labels[index : index + 1], threshold)[0]
         if request.crf:
             image = sample.image.permute(1, 2, 0)
             refined = dense_crf(image, probabilities, gaussian=config.crf_gaussian, bilateral=config.crf_bilateral)
-            plain = refined.argmax(0) if classes is None else classes.cpu()[refined.argmax(0)]
+            plain = classes.cpu()[refined.argmax(0)]
         predictions.append(plain.cpu())
     return predictions

@@ -18,7 +18,7 @@ import resource
 import subprocess
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -44,7 +44,6 @@ from wsss.metrics import Scores
 from wsss.training import TrainConfig, train
 
 RECIPES = Path(__file__).parent / "recipes"
-VARIANTS = ("published", "released")
 RECIPE_DATASETS = {"embedded": "embedded", "voc2012": "voc2012", "voc2012-cpu": "voc2012", "coco2014": "coco2014"}
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 
@@ -73,7 +72,17 @@ def _layers(method: str) -> dict:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name}: this is not valid TOML: {error}") from error
     inherited = own.pop("inherits", None)
-    return _laid_over(_layers(inherited), own) if inherited else own
+    return _laid_over(_only(_layers(inherited), _field_names(method)), own) if inherited else own
+
+
+def _only(layers: dict, known: set[str]) -> dict:
+    """Layers without the fields that are not `known`."""
+    entry = lambda value: isinstance(value, dict) and "value" in value
+    return {
+        name: _only(value, known) if isinstance(value, dict) and not entry(value) else value
+        for name, value in layers.items()
+        if not entry(value) or name in known
+    }
 
 
 def _laid_over(below: dict, above: dict) -> dict:
@@ -89,13 +98,14 @@ def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
     """Every number of a recipe with the place it comes from: name -> {"value", "source"}.
 
     The layers of the TOML file are laid over each other: base, variant, dataset, variant of the dataset. A file that
-    `inherits` another method's goes on top of it, a dataset that is `like` another one on top of that one.
+    `inherits` another method's goes on top of it, as far as it has the same fields, a dataset that is `like` another one on top of that one.
 
     Raises:
         ValueError: unknown variant or dataset, a field that no config knows, or one that is missing.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
+    variants = methods.find(method).variants
+    if variant not in variants:
+        raise ValueError(f"variant {variant!r} of {method} is not one of {', '.join(variants)}")
     layers = _layers(method)
     if dataset not in layers["dataset"]:
         raise ValueError(f"{method}.toml has no recipe for {dataset!r}; it has {', '.join(layers['dataset'])}")
@@ -115,7 +125,7 @@ def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
         _require_known(name, known, f"{method}.toml")
         if not isinstance(entry, dict) or set(entry) != {"value", "source"}:
             raise ValueError(f"{method}.toml: {name} needs exactly `value` and `source`, not {entry}")
-    missing = sorted(known - set(entries))
+    missing = sorted(known - set(entries) - set(_optional(method)))
     if missing:
         raise ValueError(f"{method}.toml [{dataset}, {variant}]: missing {', '.join(missing)}")
     return {name: entries[name] for name in sorted(entries)}
@@ -123,6 +133,11 @@ def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
 
 def _configs(method: str) -> tuple[type, ...]:
     return BackboneConfig, TrainConfig, EvalConfig, methods.find(method).Config
+
+
+def _optional(method: str) -> dict[str, object]:
+    """Fields that a recipe may leave out, with their defaults: a run without them has the name it had before they existed."""
+    return {f.name: f.default for config in _configs(method) for f in fields(config) if "optional" in f.metadata}
 
 
 def _field_names(method: str) -> set[str]:
@@ -137,13 +152,15 @@ def _require_known(name: str, known: set[str], where: str) -> None:
 
 
 def recipe_table(method: str, dataset: str) -> pd.DataFrame:
-    """Both variants of a recipe side by side: field | published | released | source."""
-    both = {variant: recipe_entries(method, variant, dataset) for variant in VARIANTS}
+    """All variants of a recipe side by side: field | published | released | source."""
+    variants = {variant: recipe_entries(method, variant, dataset) for variant in methods.find(method).variants}
     rows = []
-    for name in both["published"]:
-        a, b = (both[variant][name] for variant in VARIANTS)
-        source = a["source"] if a == b else f"published: {a['source']}; released: {b['source']}"
-        rows.append({"field": name, "published": str(a["value"]), "released": str(b["value"]), "source": source})
+    for name in variants["published"]:
+        entries = {variant: recipe[name] for variant, recipe in variants.items()}
+        same = all(entry == entries["published"] for entry in entries.values())
+        source = "; ".join(f"{variant}: {entry['source']}" for variant, entry in entries.items())
+        source = entries["published"]["source"] if same else source
+        rows.append({"field": name} | {v: str(entry["value"]) for v, entry in entries.items()} | {"source": source})
     return pd.DataFrame(rows)
 
 
@@ -172,13 +189,15 @@ class Experiment:
         """
         recipe = {name: entry["value"] for name, entry in recipe_entries(self.method, self.variant, self.dataset).items()}
         types = {f.name: f.type for config in _configs(self.method) for f in fields(config)}
+        defaults = _optional(self.method)
         for name, value in self.overrides:
-            _require_known(name, set(recipe), "overrides")
-            old = recipe[name]
+            _require_known(name, {*recipe, *defaults}, "overrides")
+            old = recipe[name] if name in recipe else defaults[name]
             numbers = isinstance(old, int | float) and isinstance(value, int if types[name] is int else int | float)
             if isinstance(old, bool) != isinstance(value, bool) or not (numbers or isinstance(value, type(old))):
                 raise ValueError(f"overrides: {name} = {value!r} has the wrong type; the recipe has {old!r}")
-            recipe[name] = old if value == old else value  # 20.0 is the recipe's 20: the same run
+            if value != old:  # 20.0 is the recipe's 20: the same run
+                recipe[name] = value
         return recipe
 
     @property
@@ -200,7 +219,7 @@ class Experiment:
     def config(self, cls: type):
         """The recipe's share of a config dataclass."""
         recipe = self.recipe() | {"variant": self.variant}
-        values = {f.name: recipe[f.name] for f in fields(cls)}
+        values = {f.name: recipe[f.name] for f in fields(cls) if f.name in recipe}
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def build(self, num_classes: int, pretrained: bool = True) -> nn.Module:
@@ -241,7 +260,8 @@ class Record:
 
     Attributes:
         metrics: "<split>/<protocol>/<map>" -> {"miou", "precision", ... (fractions), "iou": per class, ...}.
-        tokens: what `describe_tokens` says, or {} for a method without class tokens.
+        tokens: what the method's `describe` says of its trained network, or `describe_tokens` of its class tokens; {} where
+            it has neither.
     """
 
     name: str
@@ -338,9 +358,16 @@ def run(experiment: Experiment, runs: Path, data_root: str | None = None, progre
 
 
 def train_experiment(
-    experiment: Experiment, data_root: str | None = None, checkpoint: Path | None = None, progress: bool = True
+    experiment: Experiment,
+    data_root: str | None = None,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+    observe: Callable[[int, nn.Module], None] | None = None,
 ) -> tuple[nn.Module, Dataset[Sample], list[dict]]:
-    """Build and train the method of an experiment; returns it with its training data and its history."""
+    """Build and train the method of an experiment; returns it with its training data and its history.
+
+    `observe` is called with (steps done, method) after every step.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     torch.manual_seed(experiment.seed)
@@ -349,7 +376,9 @@ def train_experiment(
     dataset = cached_dataset(source, TRAIN_SPLIT[source], data_root or None)
     method = experiment.build(len(dataset.classes))
     config, workers = experiment.config(TrainConfig), 0 if source == "embedded" else min(4, os.cpu_count() or 1)
-    history = train(method, dataset, config, experiment.seed, checkpoint, experiment.name, device, workers, progress)
+    history = train(
+        method, dataset, config, experiment.seed, checkpoint, experiment.name, device, workers, progress, observe
+    )
     return method, dataset, history
 
 
@@ -387,17 +416,16 @@ def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Reque
 
     Seeds and pseudo masks are scored on training images with their image labels; everything else without labels.
     """
-    config, maps = experiment.config(EvalConfig), methods.find(experiment.method).map_names
-    main = [name for name in ("cam", "lam") if name in maps]
-    given = [Request("maps-given-labels", name) for name in maps]
-    given += [Request("maps-given-labels", name, crf=True) for name in main]
-    predicted = [Request("decoder"), *(Request("maps-predicted-labels", name) for name in main)]
+    config, method = experiment.config(EvalConfig), methods.find(experiment.method)
+    given = [Request("maps-given-labels", name) for name in method.map_names]
+    given += [Request("maps-given-labels", name, crf=True) for name in method.crf_maps]
+    predicted = [Request("decoder"), *(Request("maps-predicted-labels", name) for name in method.crf_maps)]
     if config.decoder_crf:
         predicted.append(Request("decoder", crf=True))
-    train = ("train", config.train_images or None, given)
+    train = [("train", config.train_images or None, given)] if given else []  # a supervised network has no maps
     if RECIPE_DATASETS[experiment.dataset] == "embedded":
-        return [train, ("test", None, predicted), ("test_broken", None, [Request("decoder")])]
-    return [train, ("val", None, predicted)]
+        return [*train, ("test", None, predicted), ("test_broken", None, [Request("decoder")])]
+    return [*train, ("val", None, predicted)]
 
 
 def score(experiment, method, data_root, device, progress) -> tuple[dict[str, dict], dict]:
@@ -408,8 +436,12 @@ def score(experiment, method, data_root, device, progress) -> tuple[dict[str, di
         for key, scores in evaluate(method, dataset, requests, config, device, images, progress=progress).items():
             metrics[f"{split}/{key}"] = _plain(scores)
     tokens = {}
-    if source == "embedded" and hasattr(method, "tokens"):
-        tokens = describe_tokens(method, cached_dataset(source, "train", data_root), 200, device)
+    if source == "embedded":
+        dataset = cached_dataset(source, "train", data_root)
+        if hasattr(method, "describe"):
+            tokens = method.describe(dataset, 200)
+        elif hasattr(method, "tokens"):
+            tokens = describe_tokens(method, dataset, 200, device)
     return metrics, tokens
 
 

@@ -136,6 +136,41 @@ def multi_scale_logits(
     return fused
 
 
+@torch.no_grad()
+def multi_scale_probabilities(
+    forward: Callable[[Tensor], Mapping[str, Tensor]],
+    images: Tensor,
+    scales: Sequence[float],
+    names: Sequence[str],
+    flip: bool = True,
+) -> dict[str, Tensor]:
+    """Class probabilities of patches, averaged over image scales and mirror images, without gradient.
+
+    Nothing is normalised: the channels of a pixel still sum to 1 where those of `forward` do.
+
+    Args:
+        forward: (2B, 3, h, w) images -> maps by name, each (2B, C + 1, h', w'); one call per scale.
+        images: (B, 3, H, W) normalised images.
+        scales: factors of the image size; the others are resized to the patch grid of the first.
+        names: the maps wanted.
+        flip: whether mirror images are used.
+
+    Returns:
+        {name: (B, C + 1, h', w')}, on the patch grid of the first scale.
+
+    Raises:
+        ValueError: images of another shape, or no scales.
+    """
+    _check_images(images, "multi_scale_probabilities")
+    total: dict[str, Tensor] = {}
+    for inputs in _scaled_inputs(images, scales, flip):
+        maps = forward(inputs)
+        for name in names:
+            own = torch.add(*_unmirrored(maps[name])) / 2 if flip else maps[name]
+            total[name] = total[name] + resize(own, total[name].shape[-2:]) if name in total else own
+    return {name: maps / len(scales) for name, maps in total.items()}
+
+
 def three_way(cam: Tensor, labels: Tensor, high: float, low: float, strict: bool = False) -> Tensor:
     """Label map with background, classes and an uncertain band between them.
 
@@ -180,6 +215,28 @@ def predict(maps: Tensor, labels: Tensor, threshold: float) -> Tensor:
     return index.masked_fill(score <= threshold, 0)
 
 
+def merge_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Merge image-level labels into class probabilities (ViT-PCM's inference, APC's pseudo masks).
+
+    Absent classes are set to 0, every class is divided by its largest value in the image, and the classes of a pixel are
+    scaled to the sum 1 again (0 / 0 is 0). The background is always present.
+
+    Args:
+        probabilities: (B, C + 1, h, w), channel 0 = background.
+        labels: (B, C) of 0/1.
+
+    Returns:
+        (B, C + 1, h, w) in 0..1.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_labels(probabilities[:, 1:], labels, "merge_labels")
+    present = F.pad(labels, (1, 0), value=1.0)[:, :, None, None]
+    merged = _ratio(probabilities * present, probabilities.amax((-2, -1), keepdim=True))
+    return _ratio(merged, merged.sum(1, keepdim=True))
+
+
 def add_background(maps: Tensor) -> Tensor:
     """Prepend a background channel 1 - max over the classes: (..., C, H, W) in 0..1 -> (..., C + 1, H, W)."""
     return torch.cat([1 - maps.amax(-3, keepdim=True), maps], dim=-3)
@@ -200,6 +257,11 @@ def _strongest(maps: Tensor, labels: Tensor, caller: str) -> tuple[Tensor, Tenso
     check_labels(maps, labels, caller)
     score, channel = (maps * labels[:, :, None, None]).max(dim=1)
     return score, channel + 1
+
+
+def _ratio(values: Tensor, by: Tensor) -> Tensor:
+    """values / by, and 0 where `by` is 0."""
+    return torch.where(by > 0, values / torch.where(by > 0, by, 1), 0)
 
 
 def _scaled_inputs(images: Tensor, scales: Sequence[float], flip: bool) -> Iterator[Tensor]:

@@ -205,3 +205,79 @@ def bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, title: str,
     ax.set_title(title, fontsize=10)
     ax.tick_params(axis="x", rotation=30)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def _tag_look(tag: int, classes: Sequence[str]) -> tuple[str, str, dict]:
+    """Name of a tag of SeCo, colour behind its frame, and look of the frame."""
+    if tag == -1:
+        return "uncertain", "black", {"edgecolor": "0.8", "hatch": "///", "linewidth": 1.2}
+    if tag == 0:
+        return "background", "black", {"edgecolor": "white", "linestyle": "--", "linewidth": 1.5}
+    return classes[tag - 1], "white", {"edgecolor": colours(len(classes))[tag], "linewidth": 2.2}
+
+
+def tagged_patches(ax: Axes, corners: Tensor, size: int, tags: Tensor, classes: Sequence[str], legend: bool = True):
+    """Frames of tagged patches over what `ax` shows: class colour, dashed for background, hatched where uncertain.
+
+    Args:
+        corners: (N, 2) row and column of the upper left corner, in pixels.
+        size: side of a patch.
+        tags: (N,) -1 uncertain, 0 background, 1..C class.
+    """
+    seen = {}
+    for number, ((top, left), tag) in enumerate(zip(corners.tolist(), tags.tolist()), 1):
+        name, behind, look = _tag_look(tag, classes)
+        seen[name] = Patch(facecolor="0.5" if tag < 1 else "none", label=name, **look)
+        for frame in ({"edgecolor": behind, "linewidth": 3.8}, look):
+            ax.add_patch(Rectangle((left - 0.5, top - 0.5), size, size, fill=False, **frame))
+        place, box = (left + 0.05 * size, top + 0.05 * size), {"facecolor": "white", "pad": 1, "lw": 0}
+        ax.text(*place, number, va="top", fontsize=7, bbox=box)
+    if legend:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02)}
+        ax.legend(handles=list(seen.values()), fontsize=7, ncol=2, frameon=False, **below)
+
+
+def numbered_patches(ax: Axes, image: Tensor, corners: Tensor, size: int, starred: Tensor, title: str = "") -> None:
+    """An image with the numbers of its patches (from 1) at their centres, with a star at those `starred`, bool (N,)."""
+    picture(ax, image, title)
+    for number, ((top, left), star) in enumerate(zip(corners.tolist(), starred.tolist()), 1):
+        box = {"facecolor": "gold" if star else "white", "pad": 1.5, "lw": 0, "alpha": 0.85}
+        text = f"{number}★" if star else str(number)
+        ax.text(left + size / 2, top + size / 2, text, ha="center", va="center", fontsize=8, bbox=box)
+
+
+def split_histogram(ax: Axes, values: Tensor, mean: float, title: str = "") -> None:
+    """Histogram of similarities, those below their mean in another colour than the others, the mean as a line."""
+    bins = np.linspace(float(values.min()), float(values.max()) + 1e-6, 25)
+    below = values < mean
+    ax.hist([values[below], values[~below]], bins, stacked=True, color=["crimson", "tab:green"])
+    ax.axvline(mean, color="black", linestyle=":", linewidth=1.5)
+    ax.set(yticks=[])
+    ax.tick_params(axis="x", labelsize=7)
+    ax.set_title(title, fontsize=8)
+
+
+ROLES = {1: ("pulled", "tab:green"), -1: ("pushed off", "crimson"), 0: ("takes no part", "0.75")}
+
+
+def pair_bars(ax: Axes, values: Tensor, names: Sequence[str], roles: Sequence[int], title: str, xlabel: str) -> None:
+    """One bar a partner of a contrast, coloured by what the loss does to the pair: 1 pulls, -1 pushes off, else 0."""
+    ax.barh(range(len(names)), values.tolist(), color=[ROLES[int(role)][1] for role in roles])
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set_xlabel(xlabel, fontsize=8)
+    ax.tick_params(axis="x", labelsize=7)
+    ax.invert_yaxis()
+    ax.set_title(title, fontsize=9)
+    shown = [look for role, look in ROLES.items() if role in [int(r) for r in roles]]
+    handles = [Patch(facecolor=colour, label=name) for name, colour in shown]
+    ax.legend(handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3, frameon=False)
+
+
+def prototype_paths(ax: Axes, points: np.ndarray, classes: Sequence[str], title: str = "") -> None:
+    """Where prototypes went in two dimensions, (steps, C, 2): light at first, dark at last, where the name stands."""
+    own = colours(len(classes))[1:]
+    for index, name in enumerate(classes):
+        ax.scatter(*points[:, index].T, s=12, color=own[index], alpha=np.linspace(0.15, 1, len(points)), lw=0)
+        ax.annotate(name, points[-1, index], fontsize=8, ha="center", va="bottom")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10)

@@ -7,7 +7,7 @@ on with the same bits as one that was not.
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from wsss.data import Sample
 from wsss.data.transforms import TrainTransform
 from wsss.files import write_atomic
 
@@ -40,6 +41,8 @@ class TrainConfig:
         precision: "fp32", "bf16" or "fp16" (mixed).
         crop_mode, crop_scale, crop_ratio, jitter, jitter_probability: see `TrainTransform`.
         checkpoint_every: steps between checkpoints.
+        first_steps, first_factor: a first phase of that many steps, at a constant multiple of all rates. Recipes may
+            leave it out.
     """
 
     crop: int
@@ -59,6 +62,8 @@ class TrainConfig:
     jitter: tuple[float, float, float, float]
     jitter_probability: float
     checkpoint_every: int
+    first_steps: int = field(default=0, metadata={"optional": True})
+    first_factor: float = field(default=1.0, metadata={"optional": True})
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -76,26 +81,43 @@ class TrainConfig:
 def rate_factor(step: int, config: TrainConfig) -> float:
     """Learning rate in optimiser step `step` (from 0) as a share of the base rate.
 
-    Linear warm-up, then polynomial decay counted from step 0, so that the factor drops a little where warm-up ends
+    A constant first phase where the recipe has one, else linear warm-up, then polynomial decay counted from step 0, so that the factor drops a little where warm-up ends
     (as the released codes of MoRe and SeCo have it). Steps beyond the last keep its value.
     """
+    if step < config.first_steps:
+        return config.first_factor
     if step < config.warmup_steps:
         return 1 - (1 - step / config.warmup_steps) * (1 - config.warmup_ratio)
     return (1 - min(step, config.steps - 1) / config.steps) ** config.poly_power
 
 
 class _Augmented(Dataset):
-    """Training view of a dataset: an item is asked for by (index, seed of its random crop)."""
+    """Training view of a dataset, with what a method asks for; an item is asked for by (index, seed of its crop)."""
 
-    def __init__(self, dataset: Dataset, transform: Callable[[Tensor], Tensor]):
+    def __init__(self, dataset: Dataset, transform: TrainTransform, method: nn.Module):
         self.dataset, self.transform = dataset, transform
+        self.wanted, self.views = method.batch_fields, method.views
 
     def __getitem__(self, request: tuple[int, int]) -> dict[str, Tensor]:
         index, seed = request
         sample = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return {"image": self.transform(sample.image), "label": sample.label}
+            item = {"label": sample.label} | self._crop(sample)
+            return item | (self.views(sample.image, item["image"]) if self.views else {})
+
+    def _crop(self, sample: Sample) -> dict[str, Tensor]:
+        if not self.wanted:
+            return {"image": self.transform(sample.image)}
+        if "mask" not in self.wanted:
+            image, outside = self.transform.with_mask(sample.image, torch.zeros(sample.image.shape[-2:]).long())
+            return {"image": image, "valid": outside == 0}
+        if sample.mask is None:
+            raise ValueError(
+                f"{sample.name}: this image has no mask, and the method learns from masks; take a split that has them"
+            )
+        image, mask = self.transform.with_mask(sample.image, sample.mask)
+        return {"image": image, "mask": mask}
 
 
 def batches(images: int, config: TrainConfig, seed: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
@@ -133,12 +155,14 @@ def train(
     device: str | torch.device = "cpu",
     workers: int = 0,
     progress: bool = True,
+    observe: Callable[[int, nn.Module], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train `method` in place for `config.steps` steps, or for what is left of them after its checkpoint.
 
     Args:
         checkpoint: file to go on from when it exists and to write to; None trains without one.
         identity: name of the run; a checkpoint of another run is refused.
+        observe: called with (steps done, method) after every step, for example to collect prototypes.
 
     Returns:
         History: one dict for about every fiftieth of the run with `step`, `lr`, `loss` and every term's mean.
@@ -153,7 +177,7 @@ def train(
     if checkpoint and checkpoint.exists():
         first, history, recent = _restore(checkpoint, identity, method, optimizer, scaler)
     loader = DataLoader(
-        _Augmented(dataset, config.transform()),
+        _Augmented(dataset, config.transform(), method),
         batch_sampler=batches(len(dataset), config, seed, first),
         num_workers=workers,
         pin_memory=device.type == "cuda",
@@ -182,6 +206,8 @@ def train(
             recent = []
         if checkpoint and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
             _save(checkpoint, identity, method, optimizer, scaler, step + 1, history, recent)
+        if observe:
+            observe(step + 1, method)
     return history
 
 

@@ -6,11 +6,13 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 MEAN = (0.485, 0.456, 0.406)  # RGB mean and standard deviation of ImageNet, for values in 0..1
 STD = (0.229, 0.224, 0.225)
 CROP_MODES = ("resize", "shrink")
+PADDING = 255  # what a mask holds beside its image
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -108,30 +110,112 @@ class TrainTransform:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Augment `image`, uint8 (3, H, W), to normalised float32 (3, crop, crop)."""
-        if image.dtype != torch.uint8 or image.ndim != 3:
-            shape = tuple(image.shape)
-            raise TypeError(f"TrainTransform: image is {image.dtype} {shape}; pass one uint8 image (3, H, W)")
+        _check_image(image)
         return normalise(self._augment(image))
+
+    def with_mask(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment `image` and, in the same geometry, its label map `mask`, int64 (H, W).
+
+        Returns:
+            The image as from a call, bit for bit, and int64 (crop, crop): nearest label, 255 where the image was padded.
+        """
+        _check_image(image)
+        image, mask = self._augment(tv_tensors.Image(image), tv_tensors.Mask(mask[None]))
+        return normalise(image.as_subclass(Tensor)), mask.as_subclass(Tensor)[0]
 
     @cached_property
     def _augment(self) -> v2.Compose:
         jitter = v2.RandomApply([v2.ColorJitter(*self.jitter)], p=self.jitter_probability)
         flip = v2.RandomHorizontalFlip(0.5)
         if self.crop_mode == "shrink":
-            return v2.Compose([jitter, self._shrink, flip, self._place, v2.RandomCrop(self.crop)])
+            return v2.Compose([jitter, _Rescale(self.scale), flip, _Place(self.crop), v2.RandomCrop(self.crop)])
         bicubic = v2.InterpolationMode.BICUBIC
         crop = v2.RandomResizedCrop(self.crop, self.scale, self.ratio, interpolation=bicubic, antialias=True)
         return v2.Compose([crop, flip, jitter])
 
-    def _shrink(self, image: Tensor) -> Tensor:
-        factor = torch.empty(()).uniform_(*self.scale).item()
-        size = [max(1, int(factor * side)) for side in image.shape[-2:]]
-        return v2.functional.resize(image, size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
 
-    def _place(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        canvas = image.new_zeros(3, max(height, self.crop), max(width, self.crop))
-        top = int(torch.randint(canvas.shape[-2] - height + 1, ()))
-        left = int(torch.randint(canvas.shape[-1] - width + 1, ()))
-        canvas[:, top : top + height, left : left + width] = image
-        return canvas
+@dataclass(frozen=True)
+class StrongView:
+    """The strongly augmented views that SeCo contrasts a training image with (SeCo, Sec. 3.3; values: released code).
+
+    Attributes:
+        blur_sigma: range of the blur's width in pixels.
+        released: whether the strong view is mirrored once more, so that half of its patches show another place, and a
+            second view of the whole image is made; both as in the released code.
+    """
+
+    blur_sigma: tuple[float, float]
+    released: bool = False
+
+    def __call__(self, original: Tensor, crop: Tensor) -> dict[str, Tensor]:
+        """Views of one training image.
+
+        Args:
+            original: uint8 (3, H, W), the whole image.
+            crop: float (3, h, w), its normalised training crop.
+
+        Returns:
+            "strong" (3, h, w), the crop in other colours, and as released "second" (3, h, w), another crop of `original`.
+        """
+        views = {"strong": normalise(self._strong(denormalise(crop).round().clamp(0, 255).to(torch.uint8)))}
+        if self.released:
+            views["second"] = normalise(self._second(crop.shape[-2:])(original))
+        return views
+
+    @cached_property
+    def _strong(self) -> v2.Compose:
+        flip = [v2.RandomHorizontalFlip(0.5)] if self.released else []
+        return v2.Compose([*flip, *_COLOURS, self._blur(0.5)])
+
+    def _second(self, size: torch.Size) -> v2.Compose:
+        bicubic = v2.InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(tuple(size), (0.4, 1.0), interpolation=bicubic, antialias=True)
+        flip, solarize = v2.RandomHorizontalFlip(0.5), v2.RandomSolarize(128, 0.2)
+        return v2.Compose([crop, flip, *_COLOURS, self._blur(0.1), solarize])
+
+    def _blur(self, probability: float) -> v2.RandomApply:
+        side = 2 * max(1, round(3 * self.blur_sigma[1])) + 1  # three standard deviations to each side
+        return v2.RandomApply([v2.GaussianBlur(side, self.blur_sigma)], p=probability)
+
+
+_COLOURS = (v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2))
+
+
+def _check_image(image: Tensor) -> None:
+    if image.dtype != torch.uint8 or image.ndim != 3:
+        shape = tuple(image.shape)
+        raise TypeError(f"TrainTransform: image is {image.dtype} {shape}; pass one uint8 image (3, H, W)")
+
+
+class _Rescale(v2.Transform):
+    """Resize both sides by one random factor."""
+
+    def __init__(self, scale: tuple[float, float]):
+        super().__init__()
+        self.scale = scale
+
+    def make_params(self, flat_inputs: list) -> dict:
+        factor = torch.empty(()).uniform_(*self.scale).item()
+        return {"size": [max(1, int(factor * side)) for side in flat_inputs[0].shape[-2:]]}
+
+    def transform(self, inpt: Tensor, params: dict) -> Tensor:
+        bilinear = v2.InterpolationMode.BILINEAR
+        return self._call_kernel(v2.functional.resize, inpt, params["size"], interpolation=bilinear, antialias=True)
+
+
+class _Place(v2.Transform):
+    """Lay an image at a random place on a black canvas of at least `side`; a mask is padded with `PADDING`."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side = side
+
+    def make_params(self, flat_inputs: list) -> dict:
+        height, width = flat_inputs[0].shape[-2:]
+        free = max(height, self.side) - height, max(width, self.side) - width
+        top, left = (int(torch.randint(room + 1, ())) for room in free)
+        return {"padding": [left, top, free[1] - left, free[0] - top]}
+
+    def transform(self, inpt: Tensor, params: dict) -> Tensor:
+        fill = PADDING if isinstance(inpt, tv_tensors.Mask) else 0
+        return self._call_kernel(v2.functional.pad, inpt, params["padding"], fill=fill)

@@ -2,10 +2,13 @@
 
 from torch import nn
 
+from wsss.methods.apc import APC
 from wsss.methods.cam import Cam
 from wsss.methods.more import MoRe
+from wsss.methods.seco import SeCo
+from wsss.methods.supervised import Supervised
 
-METHODS = {"cam": Cam, "more": MoRe}
+METHODS = {"cam": Cam, "more": MoRe, "seco": SeCo, "apc": APC, "supervised": Supervised}
 
 
 def find(name: str) -> type[nn.Module]:

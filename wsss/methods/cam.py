@@ -8,7 +8,7 @@ Shapes: B images, C classes, (h, w) patches, (H, W) pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,24 @@ from torch import Tensor, nn
 from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.data.transforms import denormalise
 from wsss.losses import dense_energy_loss, ptc_loss, segmentation_loss
-from wsss.maps import minmax, multi_scale, resize, three_way
-from wsss.methods.decoder import LargeFOV
+from wsss.maps import UNCERTAIN, minmax, multi_scale, resize, three_way
+from wsss.methods.decoder import build_decoder
 from wsss.refine import PAR, refine_with_background
 
+VARIANTS = ("published", "released")
 ENERGY_UNIT = 1e-7  # scale of the dense energy in the references; `weight_energy` counts in it
+
+
+def check_variant(variant: str, paper: str) -> str:
+    """`variant` itself, or ValueError when it is neither "published" nor "released"."""
+    if variant not in VARIANTS:
+        raise ValueError(f"{paper}: variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
+    return variant
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context for contrasts and thresholds of cosines, which half precision would spoil; the encoder may use it."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -41,9 +54,11 @@ class CamConfig:
         weight_seg, seg_start: segmentation loss of the decoder; 0 means no decoder. The energy starts with it.
         label_thresholds: background scores of its pseudo labels.
         par_dilations, par_iterations, par_down_scale: refinement of the pseudo labels.
-        decoder_width, decoder_dilation: of LargeFOV.
+        decoder_width, decoder_dilation: see `build_decoder`; a width of 0 takes the decoder of DeepLabV2.
         weight_energy: dense energy loss of the decoder, in units of 1e-7.
         energy_sigma_rgb, energy_sigma_xy, energy_scale: its kernel widths (grey levels, pixels) and reduced size.
+        pooling: what the global max pooling of the class scores sees: the "scores" of the patches, or their "features",
+            channel by channel, before the classifier (as the released codes have it). Recipes may leave it out.
     """
 
     aux_tap: int = -3
@@ -66,8 +81,11 @@ class CamConfig:
     energy_sigma_rgb: float = 15.0
     energy_sigma_xy: float = 100.0
     energy_scale: float = 0.5
+    pooling: str = field(default="scores", metadata={"optional": True})
 
     def __post_init__(self):
+        if self.pooling not in ("scores", "features"):
+            raise ValueError(f"pooling {self.pooling!r} is unknown; choose scores or features")
         if self.cam_activation not in ("relu", "minmax"):
             raise ValueError(f"cam_activation {self.cam_activation!r} is unknown; choose one of relu, minmax")
 
@@ -81,13 +99,22 @@ class Cam(nn.Module):
         backbone: vision transformer; its class tokens are not used here.
 
     Attributes:
+        variants: the recipes that there are: by the paper's text, and by its public code.
+        batch_fields: what a training batch must hold besides image and label: "mask" (B, H, W), the true label map, for
+            networks that learn from masks, or "valid" (B, H, W), False where an image was padded.
+        views: makes further views of a training image, (uint8 image, its normalised crop) -> {name: tensor}; or None.
         map_names: the maps that can be scored.
+        crf_maps: those of them that are also scored after a CRF, and with the labels that the network predicts.
         seed_maps: the maps that supervise.
         label_map: the one among them that becomes the decoder's pseudo label.
     """
 
     Config = CamConfig
+    variants = VARIANTS
+    batch_fields = ()
+    views = None
     map_names = ("cam", "cam_aux")
+    crf_maps = ("cam",)
     seed_maps = ("cam", "cam_aux")
     label_map = "cam"
     strict = False  # where a score exactly at a threshold belongs, see `maps.three_way`
@@ -99,11 +126,11 @@ class Cam(nn.Module):
         self.backbone = backbone
         self.classifier = nn.Linear(backbone.embed_dim, num_classes, bias=False)
         self.aux_classifier = nn.Linear(backbone.embed_dim, num_classes, bias=False)
-        self.decoder = (
-            LargeFOV(backbone.embed_dim, num_classes + 1, config.decoder_width, config.decoder_dilation)
-            if config.weight_seg
-            else None
-        )
+        self.decoder = None
+        if config.weight_seg:
+            self.decoder = build_decoder(
+                backbone.embed_dim, num_classes + 1, config.decoder_width, config.decoder_dilation
+            )
         self.par = PAR(config.par_dilations, config.par_iterations)
 
     @staticmethod
@@ -120,20 +147,19 @@ class Cam(nn.Module):
         """
         images, labels = batch["image"], batch["label"]
         tokens = self.encode(images)
-        # The backbone may run in half precision; contrasts and thresholds of cosines need full precision.
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):
             maps = self.token_maps(tokens)
             seeds = self.seeds(images, maps)
-            return (
-                self.classification_losses(maps, labels)
-                | self.relation_losses(tokens, seeds, labels, step)
-                | self.dense_losses(images, tokens, seeds, labels, step)
-            )
+            terms = self.classification_losses(tokens, maps, labels)
+        terms |= self.relation_losses(batch, tokens, seeds, step)
+        with full_precision(images):
+            return terms | self.dense_losses(batch, tokens, seeds, step)
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Raw maps (B, C, h, w) of images (B, 3, H, W) by name, and "class_logits" (B, C, 1, 1)."""
-        maps = self.token_maps(self.encode(images))
-        return maps | {"class_logits": maps["cam"].amax((-2, -1), keepdim=True)}
+        tokens = self.encode(images)
+        maps = self.token_maps(tokens)
+        return maps | {"class_logits": self.class_logits(tokens, maps)["cls"][..., None, None]}
 
     def segment(self, images: Tensor) -> Tensor | None:
         """Decoder logits (B, C + 1, h, w) of images (B, 3, H, W); None without a decoder."""
@@ -167,24 +193,35 @@ class Cam(nn.Module):
         forward = lambda inputs: self.token_maps(self.encode(inputs))
         return multi_scale(forward, images, config.cam_scales, relu, config.cam_flip)
 
-    def classification_losses(self, maps: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Multi-label soft margin of the maps' maxima: L_cls and its auxiliary counterpart."""
-        terms = {"cls": _soft_margin(maps["cam"], labels)}
+    def class_logits(self, tokens: Tokens, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Image-level logits (B, C) of the classifier, "cls", and of the auxiliary one, "aux"."""
+        if self.config.pooling == "scores":
+            return {"cls": maps["cam"].amax((-2, -1)), "aux": maps["cam_aux"].amax((-2, -1))}
+        tap = tokens.taps[self.config.aux_tap]
+        return {"cls": self.classifier(tokens.patches.amax(1)), "aux": self.aux_classifier(tap.amax(1))}
+
+    def classification_losses(self, tokens: Tokens, maps: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Multi-label soft margin of the image-level logits: L_cls and its auxiliary counterpart."""
+        logits = self.class_logits(tokens, maps)
+        terms = {"cls": F.multilabel_soft_margin_loss(logits["cls"], labels)}
         if self.config.weight_aux:
-            terms["aux"] = self.config.weight_aux * _soft_margin(maps["cam_aux"], labels)
+            terms["aux"] = self.config.weight_aux * F.multilabel_soft_margin_loss(logits["aux"], labels)
         return terms
 
     def relation_losses(
-        self, tokens: Tokens, seeds: dict[str, Tensor], labels: Tensor, step: int
+        self, batch: dict[str, Tensor], tokens: Tokens, seeds: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
-        """Terms between class and patch tokens; the baseline has none."""
+        """The terms that a method adds, in the precision that it needs; the baseline has none."""
         return {}
 
     def dense_losses(
-        self, images: Tensor, tokens: Tokens, seeds: dict[str, Tensor], labels: Tensor, step: int
+        self, batch: dict[str, Tensor], tokens: Tokens, seeds: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
-        """Patch token contrast, and the decoder's segmentation and energy losses, as far as they are on."""
-        config = self.config
+        """Patch token contrast, and the decoder's segmentation and energy losses, as far as they are on.
+
+        Pixels outside the image, where the batch says which ("valid"), get no label and no energy.
+        """
+        config, images, labels, valid = self.config, batch["image"], batch["label"], batch.get("valid")
         features = tokens.as_map(tokens.patches)
         terms = {}
         if config.weight_ptc and step >= config.ptc_start:
@@ -193,11 +230,13 @@ class Cam(nn.Module):
         if self.decoder is not None and step >= config.seg_start:
             size = images.shape[-2:]
             rgb = denormalise(images).clamp(0, 255)
-            seed = resize(seeds[self.label_map], size)
+            seed = resize(seeds[self.label_source(step)], size)
             # PAR sees whole grey levels, as in the references.
             label = refine_with_background(
                 self.par, rgb.floor(), seed, labels, *config.label_thresholds, config.par_down_scale
             )
+            if valid is not None:
+                label = label.masked_fill(~valid, UNCERTAIN)
             logits = resize(self.decoder(features), size)
             terms["seg"] = config.weight_seg * segmentation_loss(logits, label)
             if config.weight_energy:
@@ -209,14 +248,15 @@ class Cam(nn.Module):
                     config.energy_sigma_rgb,
                     config.energy_sigma_xy,
                     config.energy_scale,
+                    valid,
                 )
         return terms
+
+    def label_source(self, step: int) -> str:
+        """The seed map that becomes the decoder's pseudo label at `step`."""
+        return self.label_map
 
     def cell_labels(self, seed: Tensor, tokens: Tokens, labels: Tensor, thresholds: Sequence[float]) -> Tensor:
         """A seed map of any size as a three-way label map (B, h, w) of the patches."""
         high, low = thresholds
         return three_way(resize(seed, tokens.grid), labels, high, low, self.strict)
-
-
-def _soft_margin(maps: Tensor, labels: Tensor) -> Tensor:
-    return F.multilabel_soft_margin_loss(maps.amax((-2, -1)), labels)

@@ -17,16 +17,7 @@ from torch import Tensor, nn
 
 from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.maps import UNCERTAIN, token_similarity
-from wsss.methods.cam import Cam, CamConfig
-
-VARIANTS = ("published", "released")
-
-
-def check_variant(variant: str) -> str:
-    """`variant` itself, or ValueError when it is neither "published" nor "released"."""
-    if variant not in VARIANTS:
-        raise ValueError(f"MoRe: variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
-    return variant
+from wsss.methods.cam import Cam, CamConfig, check_variant, full_precision
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ class GraphCategoryRepresentation(nn.Module):
         inner_product: bool | None = None,
     ):
         super().__init__()
-        self.released = check_variant(variant) == "released"
+        self.released = check_variant(variant, "MoRe") == "released"
         self.neighbour_ratio = neighbour_ratio
         self.neighbours = neighbours
         self.similarity = similarity or ("scaled_dot" if self.released else "cosine")
@@ -417,7 +408,7 @@ class MoReConfig(CamConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_variant(self.variant)
+        check_variant(self.variant, "MoRe")
 
 
 class MoRe(Cam):
@@ -441,6 +432,7 @@ class MoRe(Cam):
 
     Config = MoReConfig
     map_names = ("cam", "cam_aux", "lam", "fused")  # fused is cam times lam, which the evaluation multiplies
+    crf_maps = ("cam", "lam")
 
     def __init__(self, config: MoReConfig, num_classes: int, backbone: MultiTokenViT):
         super().__init__(config, num_classes, backbone)
@@ -482,10 +474,10 @@ class MoRe(Cam):
         return super().token_maps(tokens) | {"lam": lam}
 
     def relation_losses(
-        self, tokens: Tokens, seeds: dict[str, Tensor], labels: Tensor, step: int
+        self, batch: dict[str, Tensor], tokens: Tokens, seeds: dict[str, Tensor], step: int
     ) -> dict[str, Tensor]:
         """L_mct, L_cre and L_ure (eq. 10), as far as they are on."""
-        config = self.config
+        config, labels = self.config, batch["label"]
         if step < config.mask_switch:
             seed = seeds["cam_aux"]
             confident, uncertain = config.early_confident_thresholds, config.early_uncertain_thresholds
@@ -493,17 +485,18 @@ class MoRe(Cam):
             seed = seeds["cam"]
             confident, uncertain = config.confident_thresholds, config.uncertain_thresholds
         terms = {}
-        if config.weight_mct:
-            named = labels if config.mct_with_cls else None
-            terms["mct"] = config.weight_mct * multi_class_token_loss(tokens.classes, config.mct_temperature, named)
-        if config.weight_cre and step >= config.cre_start:
-            mask = self.cell_labels(seed, tokens, labels, confident)
-            loss = confident_relation_loss if self.published else confident_relation_loss_released
-            value = loss(tokens.classes, tokens.patches, mask, labels, config.cre_temperature)
-            terms["cre"] = config.weight_cre * value
-        if config.weight_ure and step >= config.ure_start:
-            mask = self.cell_labels(seed, tokens, labels, uncertain)
-            terms["ure"] = config.weight_ure * self._uncertain_loss(tokens, mask, labels)
+        with full_precision(tokens.classes):
+            if config.weight_mct:
+                named = labels if config.mct_with_cls else None
+                terms["mct"] = config.weight_mct * multi_class_token_loss(tokens.classes, config.mct_temperature, named)
+            if config.weight_cre and step >= config.cre_start:
+                mask = self.cell_labels(seed, tokens, labels, confident)
+                loss = confident_relation_loss if self.published else confident_relation_loss_released
+                value = loss(tokens.classes, tokens.patches, mask, labels, config.cre_temperature)
+                terms["cre"] = config.weight_cre * value
+            if config.weight_ure and step >= config.ure_start:
+                mask = self.cell_labels(seed, tokens, labels, uncertain)
+                terms["ure"] = config.weight_ure * self._uncertain_loss(tokens, mask, labels)
         return terms
 
     def attention_lam(self, images: Tensor, blocks: Sequence[int] = (-1,)) -> Tensor:
