@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from wsss import plots
 from wsss.data import Sample
 from wsss.data.classes import palette
+from wsss.methods.apc import adaptive_k_pooling
 
 matplotlib.use("Agg")
 IMAGE = torch.arange(3 * 6 * 8, dtype=torch.uint8).view(3, 6, 8)
@@ -203,3 +204,25 @@ def test_bars_with_the_range_over_seeds():
     assert heights == [[20, 70], [55, 80]]
     assert list(ax.get_lines()[0].get_ydata()) == [10, 30], "the whisker spans the seeds"
     assert (ax.get_title(), ax.get_ylabel(), legend_of(ax)) == ("Per class", "IoU (%)", ["full", "base"])
+
+
+def test_growing_set_colours_what_algorithm_1_takes(ax):
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.3, 0.2, 0.1])
+    plots.growing_set(ax, scores, 0.9)
+    k = adaptive_k_pooling(scores[None, :, None], 6, 0.9)[1].item()
+    taken = [to_rgb(bar.get_facecolor()) == to_rgb("tab:orange") for bar in ax.patches[:6]]
+    assert taken == [True] * k + [False] * (6 - k) and 1 < k < 6
+    needed = [segment[0, 1] for segment in ax.collections[0].get_segments()]
+    assert needed[0] == pytest.approx(0.8 * 0.9), "v_2 > 0.8 M_1"
+    assert needed[4] == pytest.approx(0.4 * 0.58), "v_6 > 0.4 M_5"
+    assert ax.get_title() == f"theta = 0.9: k = {k}, y = 0.80"
+    assert legend_of(ax) == ["in the set", "refused", "needed to join"]
+
+
+def test_zones_have_a_line_for_each_arm():
+    frame = pd.DataFrame({"arm": ["a", "a", "b", "b"] * 2, "zone": [0, 1] * 4, "value": [1.0, 2, 3, 4, 3, 4, 5, 6]})
+    plots.zones(frame, ["outside", "inside"], "probability", "Heat")
+    [ax] = panels(1)
+    assert [list(line.get_ydata()) for line in ax.get_lines()[:2]] == [[2, 3], [4, 5]]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["outside", "inside"]
+    assert (ax.get_title(), ax.get_ylabel(), legend_of(ax)) == ("Heat", "probability", ["a", "b"])

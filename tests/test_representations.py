@@ -12,6 +12,7 @@ from wsss.representations import (
     boundary_band,
     depths,
     describe_patches,
+    describe_sizes,
     describe_tokens,
     majority_labels,
 )
@@ -221,3 +222,25 @@ def test_patches_of_a_network_that_is_sure():
 def test_the_same_seed_injects_the_same_outliers():
     one, same = (describe_patches(Sure("average"), Squares(), 6, seed=3) for _ in range(2))
     assert one == same
+
+
+class Blurred(nn.Module):
+    """A decoder that knows the classes of `Squares` from their colour, on a grid of patches of 4 x 4 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def segment(self, images):
+        means = torch.nn.functional.avg_pool2d(images, 4)
+        return torch.cat([torch.full_like(means[:, :1], -1.5), means[:, :2]], 1) * self.weight
+
+
+def test_larger_images_cost_more_and_show_more():
+    told = describe_sizes(Blurred(), Squares(), 6, [8, 16, 32])
+    assert told["sizes"] == [8, 16, 32]
+    assert 0 < told["size_miou"][0] < told["size_miou"][1] < told["size_miou"][2] <= 1
+    assert all(0 < seconds < 1 for seconds in told["size_seconds"])
+    first, second, third = (3 * (side // 4) ** 2 * 4 / 2**20 for side in (8, 16, 32))  # what the product keeps
+    assert told["size_memory_mb"] == [round(v + 4 / 2**20, 2) for v in (first, second, third)]
+    assert describe_sizes(Blurred(), Squares(), 6, [16])["size_miou"] == told["size_miou"][1:2]

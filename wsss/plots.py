@@ -281,3 +281,28 @@ def prototype_paths(ax: Axes, points: np.ndarray, classes: Sequence[str], title:
         ax.annotate(name, points[-1, index], fontsize=8, ha="center", va="bottom")
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
+
+
+def growing_set(ax: Axes, values: Sequence[float], theta: float, title: str = "") -> None:
+    """Algorithm 1 of APC on sorted scores: which of them join the set, and the score that each one must exceed."""
+    values = np.asarray(values, dtype=float)
+    means, sizes = values.cumsum() / np.arange(1, len(values) + 1), np.arange(2, len(values) + 1)
+    needed = (1 - sizes * (1 - theta)) * means[:-1]  # M_i > theta M_(i-1), solved for the i-th score
+    joined = np.append(True, np.logical_and.accumulate(means[1:] > theta * means[:-1]))
+    ax.bar(np.arange(1, len(values) + 1), values, color=np.where(joined, "tab:orange", "0.8"))
+    ax.hlines(needed, sizes - 0.45, sizes + 0.45, colors="tab:blue", linestyles=":", linewidth=2)
+    ax.set(xticks=np.arange(1, len(values) + 1), ylim=(0, 1.05), xlabel="rank of the patch", ylabel="score")
+    ax.set_title(title or f"theta = {theta:g}: k = {joined.sum()}, y = {means[joined.sum() - 1]:.2f}", fontsize=9)
+    handles = [Patch(color="tab:orange", label="in the set"), Patch(color="0.8", label="refused")]
+    needs = ax.plot([], [], color="tab:blue", linestyle=":", linewidth=2, label="needed to join")
+    ax.legend(handles=[*handles, *needs], fontsize=7, frameon=False, loc="upper right")
+
+
+def zones(frame: pd.DataFrame, names: Sequence[str], ylabel: str, title: str) -> None:
+    """Profiles across zones: a line for each arm (mean and range over seeds) of a frame with arm, zone (0, 1, ...), value."""
+    figure, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
+    sns.lineplot(frame, x="zone", y="value", hue="arm", errorbar=("pi", 100), marker="o", ax=ax)
+    ax.set(ylabel=ylabel, xlabel="", ylim=(0, None))
+    ax.set_xticks(range(len(names)), names, fontsize=8)
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))

@@ -1,5 +1,6 @@
 """What a network's tokens look like: how well class tokens separate, and how alike the patches of an image are."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -203,7 +204,7 @@ def describe_patches(method: nn.Module, dataset: Dataset[Sample], images: int, s
     chosen, near, outliers = torch.cat(chosen), torch.cat(near), torch.cat(outliers, dim=1)
     heats, zones, found = np.concatenate(heats), np.concatenate(zones), distances.result()
     shares = torch.bincount(chosen.clamp(max=method.config.max_k), minlength=method.config.max_k + 1)[1:] / len(chosen)
-    plain = lambda value: round(float(value), 4) if np.isfinite(value) else None
+    plain = lambda value: round(float(value), 4) if math.isfinite(value) else None
     return {
         **{name: plain(getattr(found, name)) for name in ("inter", "intra", "inter_prototype", "intra_prototype")},
         "k_mean": plain(chosen.double().mean()),
@@ -240,7 +241,7 @@ def describe_sizes(method: nn.Module, dataset: Dataset[Sample], images: int, siz
 
     Returns:
         `sizes`, and for each of them `size_miou`: of the decoder, no labels used (fraction); `size_seconds`: a forward
-        pass of one image; `size_memory_mb`: the tensors that such a pass leaves for the backward pass.
+        pass of one image; `size_memory_mb`: the tensors, weights included, that such a pass keeps for a backward pass.
     """
     method.eval()
     device, batch = next(method.parameters()).device, 50
@@ -257,9 +258,10 @@ def describe_sizes(method: nn.Module, dataset: Dataset[Sample], images: int, siz
                 elapsed += time.perf_counter() - begin
             for prediction, sample in zip(logits, own):
                 matrix.update(resize(prediction[None], sample.mask.shape)[0].argmax(0), sample.mask)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
             method.segment(inputs[:1])
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         scores.append(round(matrix.scores().miou, 4))
         times.append(round(elapsed / len(samples), 6))
-        memory.append(round(sum({t.data_ptr(): t.nbytes for t in kept}.values()) / 2**20, 2))
+        memory.append(round(sum(storages.values()) / 2**20, 2))
     return {"sizes": list(sizes), "size_miou": scores, "size_seconds": times, "size_memory_mb": memory}

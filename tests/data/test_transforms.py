@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from wsss.data.transforms import MEAN, STD, TrainTransform, denormalise, normalise, resize_for_evaluation
+from wsss.data.transforms import (
+    MEAN,
+    PADDING,
+    STD,
+    StrongView,
+    TrainTransform,
+    denormalise,
+    normalise,
+    resize_for_evaluation,
+)
 
 JITTER = (0.4, 0.4, 0.2, 0.1)
 VOC = TrainTransform(crop=48, scale=(0.32, 1), ratio=(3 / 4, 4 / 3), jitter=JITTER, jitter_probability=0.5)
@@ -164,3 +173,61 @@ def test_bad_images():
         VOC(torch.zeros(3, 60, 60))
     with pytest.raises(TypeError, match=r"\(2, 3, 60, 60\)"):
         VOC(torch.zeros(2, 3, 60, 60, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("transform", [VOC, COCO, TrainTransform(90, (0.5, 2), (1, 1), JITTER, 0.5, "shrink")])
+def test_a_mask_takes_the_way_of_its_image(transform):
+    """Where the image is its own mask, every pixel must agree; the image itself is the one of a call without a mask."""
+    image = (coordinates(60, 80) // 16 * 16)[[0, 0, 0]]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        alone = transform(image)
+        torch.manual_seed(seed)
+        crop, mask = transform.with_mask(image, image[0].long())
+        assert torch.equal(crop, alone)
+        assert mask.dtype == torch.int64 and mask.shape == crop.shape[1:]
+    plain_colours = TrainTransform(transform.crop, transform.scale, transform.ratio, JITTER, 0, transform.crop_mode)
+    crop, mask = plain_colours.with_mask(image, image[0].long())
+    grey, inside = denormalise(crop)[0], mask != PADDING
+    assert inside.any() and (grey[~inside] == 0).all()
+    assert ((grey - mask)[inside].abs() <= 16).float().mean() > 0.95  # bilinear edges lie between two steps
+
+
+def test_padding_is_marked_in_the_mask():
+    transform = TrainTransform(90, (0.5, 0.5), (1, 1), JITTER, 0, "shrink")
+    _, mask = transform.with_mask(noise(60, 80), torch.zeros(60, 80).long())
+    assert (mask == 0).sum() == 30 * 40 and (mask == PADDING).sum() == 90 * 90 - 30 * 40
+
+
+def test_the_strong_view_keeps_the_place_and_changes_the_colours():
+    crop = normalise((6 * coordinates(40, 40))[[0, 0, 0]])  # grey, so that a shift of the hue cannot turn it round
+    different = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        views = StrongView((0.1, 2.0))(noise(), crop)
+        assert set(views) == {"strong"} and views["strong"].shape == crop.shape
+        different += not torch.allclose(views["strong"], crop, atol=0.02)
+        rows = denormalise(views["strong"]).mean((0, 2))
+        assert rows[-5] > rows[5]  # still brighter downwards
+    assert different > 12  # jitter alone has a probability of 0.8
+
+
+def test_released_views_mirror_the_key_half_of_the_time_and_add_a_second_crop():
+    crop, mirrored = normalise((6 * coordinates(40, 40))[[1, 1, 1]]), 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        views = StrongView((0.1, 2.0), released=True)(noise(90, 70), crop)
+        assert views["second"].shape == crop.shape
+        columns = denormalise(views["strong"]).mean((0, 1))
+        mirrored += bool(columns[5] > columns[-5])
+    assert 8 < mirrored < 32
+
+
+def test_views_follow_the_seed():
+    crop, view = normalise(noise(40, 40)), StrongView((0.1, 2.0), released=True)
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        results.append(view(noise(), crop))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not torch.equal(results[0]["second"], results[2]["second"])

@@ -9,6 +9,7 @@ from base import CLASSES, SIDE, MethodTester
 from torch.testing import assert_close
 
 from wsss.backbones.vit import MultiTokenViT
+from wsss.data.scenes import Scenes
 from wsss.evaluation import EvalConfig
 from wsss.experiments import Experiment, recipe_table
 from wsss.maps import merge_labels
@@ -441,6 +442,14 @@ class TestAPC(MethodTester):
         expected, k = pool(scores, pooling, candidates=candidates)
         assert torch.equal(method.pool(scores)[0], expected) and torch.equal(method.pool(scores)[1], k)
 
+    def test_describes_its_patches_and_sizes(self):
+        scenes = Scenes("train", 4)
+        told = small(len(scenes.classes)).describe(scenes, 4)
+        assert told["sizes"] == [64, 80, 96, 112] and len(told["size_miou"]) == 4
+        assert len(told["k_shares"]) == 6 and len(told["heat"]) == 4 and 0 <= told["outlier_error"] <= 1
+        bare = small(len(scenes.classes), weight_seg=0.0).describe(scenes, 4)
+        assert "sizes" not in bare and bare["boundary_miou"] is None
+
     def test_without_bilstm_the_classifier_sees_the_patch_tokens(self, batch):
         method = self.make(bilstm=False).eval()
         features, scores = method.patch_scores(batch["image"])
@@ -486,8 +495,8 @@ def test_recipe_is_complete(dataset):
     assert config.variant == "published" and experiment.config(EvalConfig)
     assert config.frozen_steps == train.first_steps < train.steps
     assert set(recipe_table("apc", dataset)["field"]) >= {"theta", "max_k", "epsilon"}
-    with pytest.raises(ValueError, match="no code was released"):
-        Experiment("apc", "released", dataset).config(APCConfig)
+    with pytest.raises(ValueError, match="variant 'released' of apc is not one of published"):
+        Experiment("apc", "released", dataset).recipe()
 
 
 def test_recipe_of_voc_holds_the_papers_numbers():

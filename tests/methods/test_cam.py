@@ -25,6 +25,20 @@ class TestCam(MethodTester):
         maps = method.maps(batch["image"])
         assert torch.equal(maps["class_logits"].flatten(1), maps["cam"].flatten(2).max(-1).values)
 
+    def test_class_logits_of_pooled_features_see_each_channel_at_its_own_place(self, batch):
+        method = self.make(pooling="features").eval()
+        tokens = method.encode(batch["image"])
+        expected = tokens.patches.max(1).values @ method.classifier.weight.T
+        torch.testing.assert_close(method.maps(batch["image"])["class_logits"].flatten(1), expected)
+        auxiliary = tokens.taps[-3].max(1).values @ method.aux_classifier.weight.T
+        terms = method.classification_losses(tokens, method.token_maps(tokens), batch["label"])
+        expected = torch.nn.functional.multilabel_soft_margin_loss(auxiliary, batch["label"])
+        torch.testing.assert_close(terms["aux"], method.config.weight_aux * expected)
+
+    def test_unknown_pooling_is_an_error(self):
+        with pytest.raises(ValueError, match="pooling 'mean' is unknown; choose scores or features"):
+            self.make(pooling="mean")
+
     def test_maps_are_class_weights_times_tokens(self, method, batch):
         tokens = method.encode(batch["image"])
         cam = torch.einsum("bld,cd->bcl", tokens.patches, method.classifier.weight)
@@ -59,7 +73,7 @@ def test_names_find_their_class():
 
 
 def test_defaults_are_the_numbers_of_the_recipe_for_voc():
-    assert Experiment("cam", "released", "voc2012", seed=0).config(CamConfig) == CamConfig()
+    assert Experiment("cam", "released", "voc2012", seed=0).config(CamConfig) == CamConfig(pooling="features")
 
 
 @pytest.mark.parametrize("dataset", ["embedded", "voc2012-cpu", "coco2014"])
