@@ -295,7 +295,7 @@ def growing_set(ax: Axes, values: Sequence[float], theta: float, title: str = ""
     ax.set_title(title or f"theta = {theta:g}: k = {joined.sum()}, y = {means[joined.sum() - 1]:.2f}", fontsize=9)
     handles = [Patch(color="tab:orange", label="in the set"), Patch(color="0.8", label="refused")]
     needs = ax.plot([], [], color="tab:blue", linestyle=":", linewidth=2, label="needed to join")
-    ax.legend(handles=[*handles, *needs], fontsize=7, frameon=False, loc="upper right")
+    ax.legend(handles=[*handles, *needs], fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=3)
 
 
 def zones(frame: pd.DataFrame, names: Sequence[str], ylabel: str, title: str) -> None:

@@ -383,11 +383,11 @@ class MoReTester(MethodTester):
         assert self.label_map in method.seed_maps
         empty = dict.fromkeys(("cam", "cam_aux", "lam"), torch.zeros(2, CLASSES, SIDE, SIDE))
         full = {name: torch.ones_like(seed) for name, seed in empty.items()}
-        reference = method.dense_losses(images, tokens, empty, labels, 0)["seg"]
+        reference = method.dense_losses(batch, tokens, empty, 0)["seg"]
         own = {self.label_map: full[self.label_map]}
-        assert method.dense_losses(images, tokens, empty | own, labels, 0)["seg"] != reference
+        assert method.dense_losses(batch, tokens, empty | own, 0)["seg"] != reference
         full.pop(self.label_map)
-        assert method.dense_losses(images, tokens, empty | full, labels, 0)["seg"] == reference
+        assert method.dense_losses(batch, tokens, empty | full, 0)["seg"] == reference
 
     def test_masks_come_from_the_auxiliary_cam_before_the_switch(self, method, batch):
         """A seed map that is nowhere uncertain or foreground leaves nothing to pull."""
@@ -395,8 +395,8 @@ class MoReTester(MethodTester):
         full = torch.ones(2, CLASSES, 8, 8)
         for step, source in ((2, "cam_aux"), (3, "cam")):
             other = "cam" if source == "cam_aux" else "cam_aux"
-            assert method.relation_losses(tokens, {source: full, other: 0 * full}, labels, step)["cre"] > 0
-            assert method.relation_losses(tokens, {source: 0 * full, other: full}, labels, step)["cre"] == 0
+            assert method.relation_losses(batch, tokens, {source: full, other: 0 * full}, step)["cre"] > 0
+            assert method.relation_losses(batch, tokens, {source: 0 * full, other: full}, step)["cre"] == 0
 
     def test_each_mask_has_its_own_thresholds(self, batch):
         """At 0.55 a cell is foreground for one loss and uncertain for the other."""
@@ -404,10 +404,10 @@ class MoReTester(MethodTester):
         method = self.make(confident_thresholds=high, uncertain_thresholds=low, kernel_proportion=0.4)
         tokens, labels = method.encode(batch["image"]), batch["label"]
         seeds = {"cam": torch.full((2, CLASSES, 8, 8), 0.55), "cam_aux": torch.zeros(2, CLASSES, 8, 8)}
-        terms = method.relation_losses(tokens, seeds, labels, 3)
+        terms = method.relation_losses(batch, tokens, seeds, 3)
         assert terms["cre"] > 0 and terms["ure"] > 0
         swapped = self.make(confident_thresholds=low, uncertain_thresholds=high, kernel_proportion=0.4)
-        assert swapped.relation_losses(tokens, seeds, labels, 3)["cre"] == 0
+        assert swapped.relation_losses(batch, tokens, seeds, 3)["cre"] == 0
 
     def test_temperature_and_form_of_the_token_contrast(self, batch):
         method, named = self.make(), self.make(mct_with_cls=True)

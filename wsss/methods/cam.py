@@ -144,8 +144,16 @@ class Cam(nn.Module):
         Args:
             batch: "image" (B, 3, H, W), normalised; "label" (B, C) of 0/1.
             step: optimiser steps so far.
+
+        Raises:
+            ValueError: labels of another shape, or that are not 0 or 1.
         """
         images, labels = batch["image"], batch["label"]
+        if labels.shape != (len(images), self.num_classes) or not ((labels == 0) | (labels == 1)).all():
+            raise ValueError(
+                f"labels must be 0 or 1, one for each of {len(images)} images and {self.num_classes} classes; they have the "
+                f"shape {tuple(labels.shape)} and the values {labels.unique().tolist()[:8]}"
+            )
         tokens = self.encode(images)
         with full_precision(images):
             maps = self.token_maps(tokens)

@@ -9,6 +9,7 @@ outside the image.
 Functions named `..._released` compute what the public implementation computes where that is not the printed equation.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ from wsss.maps import resize, three_way
 from wsss.methods.cam import Cam, CamConfig, check_variant, full_precision
 
 UNCERTAIN = -1
+PROTOTYPE_RULES = ("weighted", "single", "equal")
+
+
+def _choose(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"SeCo: {field} {value!r} is unknown; choose one of {', '.join(choices)}")
 
 
 # ------------------------------------------------------------------------------------------------- patches and tags
@@ -117,8 +124,7 @@ def patch_tags(mask_patches: Tensor, num_classes: int, threshold: float, reading
     Raises:
         ValueError: an unknown reading, or a class above C.
     """
-    if reading not in ("a", "b"):
-        raise ValueError(f"SeCo: reading {reading!r} of the tag rule is unknown; choose a or b")
+    _choose("reading", reading, ("a", "b"))
     counts, area = _counts(mask_patches, num_classes), mask_patches.shape[-2] * mask_patches.shape[-1]
     little = counts[..., 1:].sum(-1) / area <= threshold
     classes = counts[..., 1:-1] / area > (0 if reading == "a" else threshold)
@@ -235,8 +241,7 @@ def update_prototypes(
     Raises:
         ValueError: an unknown rule.
     """
-    if rule not in ("weighted", "single", "equal"):
-        raise ValueError(f"SeCo: prototype_rule {rule!r} is unknown; choose weighted, single or equal")
+    _choose("prototype_rule", rule, PROTOTYPE_RULES)
     for token, label in zip(F.normalize(class_tokens, dim=-1) if unit_tokens else class_tokens, labels):
         present = label > 0
         weight = prototype_weights(prototypes, token, label) if rule == "weighted" else present.to(token.dtype)
@@ -389,8 +394,7 @@ def local_contrast_loss(
     Raises:
         ValueError: an unknown reduction.
     """
-    if reduction not in ("pairs", "anchors"):
-        raise ValueError(f"SeCo: reduction {reduction!r} is unknown; choose pairs or anchors")
+    _choose("reduction", reduction, ("pairs", "anchors"))
     itself = None
     if with_queries:
         keys, key_tags = torch.cat([keys, queries]), torch.cat([key_tags, tags])
@@ -478,16 +482,18 @@ class SeCoConfig(CamConfig):
     """
 
     variant: str = "released"
+    decoder_width: int = 0
+    decoder_dilation: int = 6
     patch_size: int = 64
     patches: int = 10
     tag_thresholds: Sequence[float] = (0.7, 0.25)
     tag_threshold: float = 0.2
-    tag_switch: int = 10000
+    tag_switch: int = 10001
     tagging: str = "class"
     label_switch: int = 0
     prototype_start: int = 600
     prototype_momentum: float = 0.9
-    prototype_rule: str = "weighted"
+    prototype_rule: str = "single"
     unit_class_tokens: bool = False
     weight_lig: float = 0.5
     weight_lil: float = 0.5
@@ -504,8 +510,8 @@ class SeCoConfig(CamConfig):
     def __post_init__(self):
         super().__post_init__()
         check_variant(self.variant, "SeCo")
-        if self.tagging not in ("class", "foreground"):
-            raise ValueError(f"SeCo: tagging {self.tagging!r} is unknown; choose class or foreground")
+        _choose("tagging", self.tagging, ("class", "foreground"))
+        _choose("prototype_rule", self.prototype_rule, PROTOTYPE_RULES)
         if self.patch_size < 1 or self.patches < 1 or self.reservoir < 1:
             raise ValueError(
                 f"SeCo: patch_size = {self.patch_size}, patches = {self.patches} and reservoir = {self.reservoir} must "
@@ -687,7 +693,7 @@ def describe(method: SeCo, dataset: Dataset[Sample], images: int) -> dict:
         images: how many of them, from the first on.
 
     Returns:
-        Plain numbers by name, NaN where there is nothing to average:
+        Plain numbers by name, None where there is nothing to average:
         `prototype_similarity`: cosines of the prototypes, (C, C);
         `prototype_neighbour`: largest cosine of a prototype to another one, mean over classes;
         `tag_accuracy`, `tag_accuracy_final`: of the patches whose tag and true tag are both certain, the share in which
@@ -729,9 +735,10 @@ def describe(method: SeCo, dataset: Dataset[Sample], images: int) -> dict:
             prototypes, found["class_token"].to(labels), labels, method.config.prototype_momentum, rule
         )
         numbers[f"pair_similarity_{rule}"] = (moved @ moved.T * together).sum() / together.sum()
-    mean = lambda values: round(values.double().nanmean().item(), 4)
+    averages = {name: values.double().nanmean().item() for name, values in numbers.items()}
     similarity = [[round(value, 3) for value in row] for row in cosine.tolist()]
-    return {"prototype_similarity": similarity} | {name: mean(values) for name, values in numbers.items()}
+    plain = {name: round(value, 4) if math.isfinite(value) else None for name, value in averages.items()}
+    return {"prototype_similarity": similarity} | plain
 
 
 def _judge(method: SeCo, samples: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
@@ -779,5 +786,7 @@ def _drift(memory: Reservoir) -> Tensor:
     order = (memory.pointer + torch.arange(len(memory.keys), device=memory.keys.device)) % len(memory.keys)
     halves = [(memory.keys[part], memory.tags[part]) for part in order.chunk(2)]
     tags = range(int(memory.tags.max()) + 1)
+    if not tags:
+        return torch.full((1,), torch.nan)
     means = [torch.stack([keys[owner == tag].mean(0) for tag in tags]) for keys, owner in halves]
     return 1 - F.cosine_similarity(*means)
