@@ -215,7 +215,7 @@ def test_growing_set_colours_what_algorithm_1_takes(ax):
     needed = [segment[0, 1] for segment in ax.collections[0].get_segments()]
     assert needed[0] == pytest.approx(0.8 * 0.9), "v_2 > 0.8 M_1"
     assert needed[4] == pytest.approx(0.4 * 0.58), "v_6 > 0.4 M_5"
-    assert ax.get_title() == f"theta = 0.9: k = {k}, y = 0.80"
+    assert ax.get_title() == f"theta = 0.9: k = {k}, y = 0.8"
     assert legend_of(ax) == ["in the set", "refused", "needed to join"]
 
 
@@ -226,3 +226,62 @@ def test_zones_have_a_line_for_each_arm():
     assert [list(line.get_ydata()) for line in ax.get_lines()[:2]] == [[2, 3], [4, 5]]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["outside", "inside"]
     assert (ax.get_title(), ax.get_ylabel(), legend_of(ax)) == ("Heat", "probability", ["a", "b"])
+
+
+CORNERS = torch.tensor([[0, 0], [1, 2], [2, 3]])
+
+
+def test_patches_are_framed_by_their_tags(ax):
+    plots.tagged_patches(ax, CORNERS, 3, torch.tensor([2, 0, -1]), ("boat", "train"))
+    frames = [patch for patch in ax.patches if patch.get_width() == 3]
+    assert [patch.get_xy() for patch in frames[1::2]] == [(-0.5, -0.5), (1.5, 0.5), (2.5, 1.5)], "x is the column"
+    assert not any(patch.get_fill() for patch in frames)
+    train, background, uncertain = frames[1::2]  # each lies over a broader frame that sets it off the image
+    assert all(low.get_linewidth() > high.get_linewidth() for low, high in zip(frames[::2], frames[1::2]))
+    np.testing.assert_allclose(train.get_edgecolor()[:3], palette(2)[2] / 255)
+    assert (background.get_linestyle(), uncertain.get_linestyle()) == ("--", "solid")
+    assert not train.get_hatch() and not background.get_hatch() and uncertain.get_hatch()
+    assert [text.get_text() for text in ax.texts] == ["1", "2", "3"]
+    assert legend_of(ax) == ["train", "background", "uncertain"]
+
+
+def test_patches_without_a_legend(ax):
+    plots.tagged_patches(ax, CORNERS[:1], 3, torch.tensor([1]), ("boat",), legend=False)
+    assert ax.get_legend() is None
+
+
+def test_patches_are_numbered_at_their_centres(ax):
+    plots.numbered_patches(ax, IMAGE, CORNERS, 4, torch.tensor([False, True, False]), "a grid")
+    assert [text.get_text() for text in ax.texts] == ["1", "2★", "3"]
+    assert [text.get_position() for text in ax.texts] == [(2, 2), (4, 3), (5, 4)]
+    assert ax.get_title() == "a grid"
+
+
+def test_a_histogram_tells_values_below_the_mean_from_the_others(ax):
+    plots.split_histogram(ax, torch.tensor([0.1, 0.2, 0.8, 0.9, 0.9]), 0.58, "mu")
+    counts = {}
+    for bar in ax.patches:
+        colour = to_rgb(bar.get_facecolor())
+        counts[colour] = counts.get(colour, 0) + bar.get_height()
+    assert counts == {to_rgb("crimson"): 2, to_rgb("tab:green"): 3}
+    assert set(ax.get_lines()[0].get_xdata()) == {0.58} and ax.get_title() == "mu"
+    plots.split_histogram(ax, torch.tensor([0.5]), 0.5)  # a single value has no range
+
+
+def test_pairs_are_coloured_by_what_happens_to_them(ax):
+    plots.pair_bars(ax, torch.tensor([0.5, -0.2]), ["boat", "train"], [1, -1], "a patch", "cosine")
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], [0.5, -0.2])
+    assert [to_rgb(bar.get_facecolor()) for bar in ax.patches] == [to_rgb("tab:green"), to_rgb("crimson")]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["boat", "train"] and ax.yaxis_inverted()
+    assert legend_of(ax) == ["pulled", "pushed off"] and (ax.get_title(), ax.get_xlabel()) == ("a patch", "cosine")
+
+
+def test_prototypes_grow_darker_on_their_way(ax):
+    points = np.arange(12.0).reshape(3, 2, 2)  # three steps, two classes
+    plots.prototype_paths(ax, points, ("boat", "train"), "t-SNE")
+    boat, train = ax.collections
+    np.testing.assert_array_equal(boat.get_offsets(), points[:, 0])
+    alphas = boat.get_alpha()
+    assert list(alphas) == sorted(alphas) and alphas[-1] == 1
+    assert to_rgb(train.get_facecolor()[-1]) == tuple(palette(2)[2] / 255)
+    assert legend_of(ax) == ["boat", "train"] and ax.get_title() == "t-SNE"

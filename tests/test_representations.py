@@ -213,7 +213,7 @@ def test_patches_of_a_network_that_is_sure():
     outer, near, edge, inner = own["heat"]
     assert outer < near < edge < inner
     assert described["max"]["outlier_error"] > 0.9, "one patch is enough for max pooling"
-    assert described["adaptive"]["outlier_error"] == described["max"]["outlier_error"], "and for a set that starts with it"
+    assert described["adaptive"]["outlier_error"] == described["max"]["outlier_error"], "it starts with that one"
     assert described["average"]["outlier_rise"] < 2 / 16, "one of 16 patches"
     assert own["outlier_rise"] <= own["outlier_error"]
     assert 0.5 < own["boundary_miou"] < 1

@@ -76,7 +76,7 @@ class EvalConfig:
 class Request:
     """One score: a protocol, the map it reads ("decoder" for the decoder), with a CRF or without.
 
-    `threshold` replaces the recipe's background score, for sweeps; the decoder, a CRF and maps of probabilities read none.
+    `threshold` replaces the recipe's background score, for sweeps; the decoder, a CRF and probabilities have none.
     """
 
     protocol: str

@@ -218,7 +218,7 @@ def predict(maps: Tensor, labels: Tensor, threshold: float) -> Tensor:
 def merge_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Merge image-level labels into class probabilities (ViT-PCM's inference, APC's pseudo masks).
 
-    Absent classes are set to 0, every class is divided by its largest value in the image, and the classes of a pixel are
+    Absent classes are set to 0, each class is divided by its largest value in the image, and the classes of a pixel are
     scaled to the sum 1 again (0 / 0 is 0). The background is always present.
 
     Args:

@@ -274,13 +274,14 @@ def pair_bars(ax: Axes, values: Tensor, names: Sequence[str], roles: Sequence[in
 
 
 def prototype_paths(ax: Axes, points: np.ndarray, classes: Sequence[str], title: str = "") -> None:
-    """Where prototypes went in two dimensions, (steps, C, 2): light at first, dark at last, where the name stands."""
+    """Where the prototypes of the classes went in two dimensions, (steps, C, 2): light at first, dark at last."""
     own = colours(len(classes))[1:]
     for index, name in enumerate(classes):
-        ax.scatter(*points[:, index].T, s=12, color=own[index], alpha=np.linspace(0.15, 1, len(points)), lw=0)
-        ax.annotate(name, points[-1, index], fontsize=8, ha="center", va="bottom")
+        ax.scatter(*points[:, index].T, s=14, color=own[index], alpha=np.linspace(0.15, 1, len(points)), lw=0)
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, fontsize=10)
+    handles = [Patch(facecolor=colour, label=name) for name, colour in zip(classes, own)]
+    ax.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
 
 
 def growing_set(ax: Axes, values: Sequence[float], theta: float, title: str = "") -> None:
@@ -291,15 +292,16 @@ def growing_set(ax: Axes, values: Sequence[float], theta: float, title: str = ""
     joined = np.append(True, np.logical_and.accumulate(means[1:] > theta * means[:-1]))
     ax.bar(np.arange(1, len(values) + 1), values, color=np.where(joined, "tab:orange", "0.8"))
     ax.hlines(needed, sizes - 0.45, sizes + 0.45, colors="tab:blue", linestyles=":", linewidth=2)
-    ax.set(xticks=np.arange(1, len(values) + 1), ylim=(0, 1.05), xlabel="rank of the patch", ylabel="score")
-    ax.set_title(title or f"theta = {theta:g}: k = {joined.sum()}, y = {means[joined.sum() - 1]:.2f}", fontsize=9)
+    ax.set(xticks=np.arange(1, len(values) + 1), ylim=(0, 1.1 * values[0]), xlabel="rank of the patch", ylabel="score")
+    ax.set_title(title or f"theta = {theta:g}: k = {joined.sum()}, y = {means[joined.sum() - 1]:.2g}", fontsize=9)
     handles = [Patch(color="tab:orange", label="in the set"), Patch(color="0.8", label="refused")]
     needs = ax.plot([], [], color="tab:blue", linestyle=":", linewidth=2, label="needed to join")
-    ax.legend(handles=[*handles, *needs], fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=3)
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22)}
+    ax.legend(handles=[*handles, *needs], fontsize=7, frameon=False, ncol=3, **below)
 
 
 def zones(frame: pd.DataFrame, names: Sequence[str], ylabel: str, title: str) -> None:
-    """Profiles across zones: a line for each arm (mean and range over seeds) of a frame with arm, zone (0, 1, ...), value."""
+    """Profiles across zones: a line an arm (mean and range over seeds) of a frame with arm, zone (0, 1, ...), value."""
     figure, ax = plt.subplots(figsize=(6.5, 3), layout="constrained")
     sns.lineplot(frame, x="zone", y="value", hue="arm", errorbar=("pi", 100), marker="o", ax=ax)
     ax.set(ylabel=ylabel, xlabel="", ylim=(0, None))

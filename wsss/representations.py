@@ -137,7 +137,7 @@ class DistanceStream:
 
 
 def majority_labels(masks: Tensor, patch: int) -> Tensor:
-    """The label of most pixels of every patch, the lowest of equally many: int64 (B, H, W) -> (B, H / patch, W / patch)."""
+    """The label of most pixels of a patch, the lowest of equally many: int64 (B, H, W) -> (B, H / patch, W / patch)."""
     cells = masks.unflatten(2, (-1, patch)).unflatten(1, (-1, patch)).transpose(2, 3).flatten(3)
     return cells.mode(3).values
 
@@ -203,13 +203,14 @@ def describe_patches(method: nn.Module, dataset: Dataset[Sample], images: int, s
             zones.append(np.digitize(depths((masks[index] == c + 1).numpy()) / patch, ZONES).ravel())
     chosen, near, outliers = torch.cat(chosen), torch.cat(near), torch.cat(outliers, dim=1)
     heats, zones, found = np.concatenate(heats), np.concatenate(zones), distances.result()
+    rank = spearmanr(chosen.numpy(), near.numpy()).statistic if chosen.unique().numel() > 1 else math.nan
     shares = torch.bincount(chosen.clamp(max=method.config.max_k), minlength=method.config.max_k + 1)[1:] / len(chosen)
     plain = lambda value: round(float(value), 4) if math.isfinite(value) else None
     return {
         **{name: plain(getattr(found, name)) for name in ("inter", "intra", "inter_prototype", "intra_prototype")},
         "k_mean": plain(chosen.double().mean()),
         "k_shares": [plain(share) for share in shares],
-        "k_rank_correlation": plain(spearmanr(chosen.numpy(), near.numpy()).statistic if chosen.unique().numel() > 1 else np.nan),
+        "k_rank_correlation": plain(rank),
         "outlier_error": plain(outliers[1].mean()),
         "outlier_rise": plain((outliers[1] - outliers[0]).mean()),
         "boundary_miou": plain(boundary.scores().miou),
@@ -218,8 +219,8 @@ def describe_patches(method: nn.Module, dataset: Dataset[Sample], images: int, s
 
 
 def _outlier_scores(method: nn.Module, scores: Tensor, present: Tensor, random: torch.Generator) -> Tensor:
-    """Image scores of absent classes without and with an outlier patch, (2, n): one for each image and each class of the
-    image after it that the image does not have itself.
+    """Image scores of absent classes without and with an outlier patch, (2, n): one for each image and each class that
+    the image after it has and itself does not have.
     """
     following = scores.roll(-1, 0)
     images, classes = (present.roll(-1, 0) & ~present).nonzero(as_tuple=True)

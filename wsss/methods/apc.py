@@ -4,8 +4,8 @@ In the order of the paper: the refined encoder (HV-BiLSTM), adaptive-K pooling (
 classification error (eq. 3), patch contrast (eqs. 4-6), patch to pixel, the decoder, and the whole method (eqs. 1, 7).
 No code of APC is public; what the paper leaves open follows its ancestor ViT-PCM, and recipes/apc.toml says where.
 
-Shapes: B images, s = h * w patches in row-major order, e channels, C classes *including the background*, which is class 0
-(so that C is `num_classes` + 1). Image labels t (B, C) hold 0/1; every image has background, t_0 = 1.
+Shapes: B images, s = h * w patches in row-major order, e channels, C classes *including the background*, which is class
+0 (so that C is `num_classes` + 1). Image labels t (B, C) hold 0/1; every image has background, t_0 = 1.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,9 @@ class HVBiLSTM(nn.Module):
     def __init__(self, channels: int, dropout: float = 0.2):
         super().__init__()
         if channels % 4:
-            raise ValueError(f"HVBiLSTM: {channels} channels cannot be shared by 2 axes x 2 directions; use a multiple of 4")
+            raise ValueError(
+                f"HVBiLSTM: {channels} channels cannot be shared by 2 axes x 2 directions; use a multiple of 4"
+            )
         self.rows, self.columns = (
             nn.LSTM(channels, channels // 4, batch_first=True, bidirectional=True) for _ in range(2)
         )
@@ -90,9 +92,9 @@ def _as_in_keras(lstm: nn.LSTM) -> None:
 def adaptive_k_pooling(
     scores: Tensor, max_k: int = 6, theta: float = 0.9, candidates: str = "running"
 ) -> tuple[Tensor, Tensor]:
-    """Image scores from the k best patches of each class, k chosen by how close their scores are (APC algorithm 1, eq. 2).
+    """Image scores from the k best patches of each class, k chosen by how close they are (APC algorithm 1, eq. 2).
 
-    With the sorted scores v_1 >= v_2 >= ... and the mean M_i of the first i, the set grows from i - 1 to i patches while
+    With sorted scores v_1 >= v_2 >= ... and the mean M_i of the first i, the set grows from i - 1 to i patches while
 
     - "running": M_i > theta M_(i-1), the algorithm as printed. Its reference moves along: k = 6 is possible with v_6 at
       0.45 of v_1.
@@ -170,7 +172,7 @@ def classification_error(image_scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def confidence_sets(scores: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Patches of high and of low confidence of each class, Z > epsilon and Z < 1 - epsilon (APC 3.4); bool (B, s, C)."""
+    """Patches of high and low confidence of each class, Z > epsilon and Z < 1 - epsilon (APC 3.4); bool (B, s, C)."""
     return scores > epsilon, scores < 1 - epsilon
 
 
@@ -268,7 +270,7 @@ class APCConfig:
         max_k, theta, candidates: see `adaptive_k_pooling`; here theta must be above 0 (0 is the pooling "topk").
         mce_background: whether the background counts as a class in eq. 3.
         epsilon: confidence threshold of eq. 6.
-        pcl_present_only: patch contrast over the classes of the image only instead of all of them (eq. 7 sums over all).
+        pcl_present_only: patch contrast over the classes of the image instead of all of them (eq. 7 sums over all).
         label_present_only: patches may only get classes of the image when they supervise the decoder.
         weight_seg: lambda_1; 0 means no decoder.
         weight_pcl: lambda_2.
