@@ -73,7 +73,8 @@ def time_pooling() -> None:
         torch.testing.assert_close(adaptive_k_pooling(scores)[0], looped_pooling(scores))
         ways = (looped_pooling, lambda z: adaptive_k_pooling(z)[0], lambda z: pool(z, "max")[0])
         loop, adaptive, maximum = (1000 * seconds(lambda: way(scores).sum().backward(), 3) for way in ways)
-        print(f"{side**2:7d} | {loop:10.1f} | {adaptive:10.1f} | {loop / adaptive:6.0f} | {maximum:6.1f} | {adaptive / maximum:5.1f}")
+        times = f"{loop:10.1f} | {adaptive:10.1f} | {loop / adaptive:6.0f} | {maximum:6.1f} | {adaptive / maximum:5.1f}"
+        print(f"{side**2:7d} | {times}")
 
 
 def contrast_of(form: str, patches: int) -> Callable[[], None]:
