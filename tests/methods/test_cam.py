@@ -36,7 +36,7 @@ class TestCam(MethodTester):
         torch.testing.assert_close(terms["aux"], method.config.weight_aux * expected)
 
     def test_unknown_pooling_is_an_error(self):
-        with pytest.raises(ValueError, match="pooling 'mean' is unknown; choose scores or features"):
+        with pytest.raises(ValueError, match="pooling 'mean' is unknown; choose one of scores, features"):
             self.make(pooling="mean")
 
     def test_maps_are_class_weights_times_tokens(self, method, batch):

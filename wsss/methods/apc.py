@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.data import Sample
 from wsss.maps import resize
+from wsss.methods.common import check_choice, full_precision
 from wsss.representations import describe_patches, describe_sizes
 
 POOLINGS = ("adaptive", "average", "max", "topk")
@@ -121,7 +122,7 @@ def adaptive_k_pooling(
         raise ValueError(f"adaptive_k_pooling: max_k = {max_k}; K must be at least 1")
     if not 0 <= theta <= 1:
         raise ValueError(f"adaptive_k_pooling: theta = {theta} must lie in 0..1")
-    _choose("candidates", candidates, CANDIDATES)
+    check_choice("APC: candidates", candidates, CANDIDATES)
     ranked = scores.topk(min(max_k, scores.shape[1]), dim=1).values
     sizes = torch.arange(1, ranked.shape[1] + 1, device=scores.device)[:, None]
     means = ranked.cumsum(1) / sizes
@@ -142,7 +143,7 @@ def pool(
     Returns:
         y (B, C) and k (B, C), of scores (B, s, C).
     """
-    _choose("pooling", pooling, POOLINGS)
+    check_choice("APC: pooling", pooling, POOLINGS)
     if pooling == "adaptive":
         return adaptive_k_pooling(scores, max_k, theta, candidates)
     if pooling == "average":
@@ -305,8 +306,8 @@ class APCConfig:
     def __post_init__(self):
         if self.variant != "published":
             raise ValueError(f'APC: no code was released, so there is no variant {self.variant!r}; use "published"')
-        _choose("pooling", self.pooling, POOLINGS)
-        _choose("candidates", self.candidates, CANDIDATES)
+        check_choice("APC: pooling", self.pooling, POOLINGS)
+        check_choice("APC: candidates", self.candidates, CANDIDATES)
         if not 0 < self.theta <= 1:
             raise ValueError(f'APC: theta = {self.theta} must be above 0 and at most 1 (for 0 use pooling = "topk")')
         if self.max_k < 1:
@@ -367,8 +368,7 @@ class APC(nn.Module):
         images, labels = batch["image"], F.pad(batch["label"], (1, 0), value=1.0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and step >= self.config.frozen_steps):
             tokens = self.encode(images)
-        # The backbone may run in half precision; 1 - 1e-7 and sums over pairs need full precision.
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images):  # for 1 - 1e-7 and sums over pairs; the backbone may run in half of it
             features, scores = self.token_scores(tokens)
             logits = None if self.decoder is None else resize(self.decode(tokens), images.shape[-2:])
             return self.terms(features, scores, labels, logits, tokens.grid)
@@ -445,8 +445,3 @@ class APC(nn.Module):
         if config.weight_l2:
             terms["l2"] = config.weight_l2 * self.classifier.weight.square().sum()
         return terms
-
-
-def _choose(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"APC: {field} {value!r} is unknown; choose one of {', '.join(choices)}")

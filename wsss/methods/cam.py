@@ -10,7 +10,6 @@ Shapes: B images, C classes, (h, w) patches, (H, W) pixels.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,23 +17,11 @@ from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.data.transforms import denormalise
 from wsss.losses import dense_energy_loss, ptc_loss, segmentation_loss
 from wsss.maps import UNCERTAIN, minmax, multi_scale, resize, three_way
+from wsss.methods.common import VARIANTS, check_choice, full_precision
 from wsss.methods.decoder import build_decoder
 from wsss.refine import PAR, refine_with_background
 
-VARIANTS = ("published", "released")
 ENERGY_UNIT = 1e-7  # scale of the dense energy in the references; `weight_energy` counts in it
-
-
-def check_variant(variant: str, paper: str) -> str:
-    """`variant` itself, or ValueError when it is neither "published" nor "released"."""
-    if variant not in VARIANTS:
-        raise ValueError(f"{paper}: variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
-    return variant
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """A context for contrasts and thresholds of cosines, which half precision would spoil; the encoder may use it."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -84,10 +71,8 @@ class CamConfig:
     pooling: str = field(default="scores", metadata={"optional": True})
 
     def __post_init__(self):
-        if self.pooling not in ("scores", "features"):
-            raise ValueError(f"pooling {self.pooling!r} is unknown; choose scores or features")
-        if self.cam_activation not in ("relu", "minmax"):
-            raise ValueError(f"cam_activation {self.cam_activation!r} is unknown; choose one of relu, minmax")
+        check_choice("pooling", self.pooling, ("scores", "features"))
+        check_choice("cam_activation", self.cam_activation, ("relu", "minmax"))
 
 
 class Cam(nn.Module):

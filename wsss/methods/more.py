@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.maps import UNCERTAIN, token_similarity
-from wsss.methods.cam import Cam, CamConfig, check_variant, full_precision
+from wsss.methods.cam import Cam, CamConfig
+from wsss.methods.common import check_variant, full_precision
 
 
 @dataclass(frozen=True)

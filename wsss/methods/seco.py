@@ -24,15 +24,11 @@ from wsss.data import Sample
 from wsss.data.transforms import StrongView, normalise
 from wsss.maps import UNCERTAIN as LEFT_OUT
 from wsss.maps import resize, three_way
-from wsss.methods.cam import Cam, CamConfig, check_variant, full_precision
+from wsss.methods.cam import Cam, CamConfig
+from wsss.methods.common import check_choice, check_variant, full_precision
 
 UNCERTAIN = -1
 PROTOTYPE_RULES = ("weighted", "single", "equal")
-
-
-def _choose(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"SeCo: {field} {value!r} is unknown; choose one of {', '.join(choices)}")
 
 
 # ------------------------------------------------------------------------------------------------- patches and tags
@@ -124,7 +120,7 @@ def patch_tags(mask_patches: Tensor, num_classes: int, threshold: float, reading
     Raises:
         ValueError: an unknown reading, or a class above C.
     """
-    _choose("reading", reading, ("a", "b"))
+    check_choice("SeCo: reading", reading, ("a", "b"))
     counts, area = _counts(mask_patches, num_classes), mask_patches.shape[-2] * mask_patches.shape[-1]
     little = counts[..., 1:].sum(-1) / area <= threshold
     classes = counts[..., 1:-1] / area > (0 if reading == "a" else threshold)
@@ -241,7 +237,7 @@ def update_prototypes(
     Raises:
         ValueError: an unknown rule.
     """
-    _choose("prototype_rule", rule, PROTOTYPE_RULES)
+    check_choice("SeCo: prototype_rule", rule, PROTOTYPE_RULES)
     for token, label in zip(F.normalize(class_tokens, dim=-1) if unit_tokens else class_tokens, labels):
         present = label > 0
         weight = prototype_weights(prototypes, token, label) if rule == "weighted" else present.to(token.dtype)
@@ -394,7 +390,7 @@ def local_contrast_loss(
     Raises:
         ValueError: an unknown reduction.
     """
-    _choose("reduction", reduction, ("pairs", "anchors"))
+    check_choice("SeCo: reduction", reduction, ("pairs", "anchors"))
     itself = None
     if with_queries:
         keys, key_tags = torch.cat([keys, queries]), torch.cat([key_tags, tags])
@@ -510,8 +506,8 @@ class SeCoConfig(CamConfig):
     def __post_init__(self):
         super().__post_init__()
         check_variant(self.variant, "SeCo")
-        _choose("tagging", self.tagging, ("class", "foreground"))
-        _choose("prototype_rule", self.prototype_rule, PROTOTYPE_RULES)
+        check_choice("SeCo: tagging", self.tagging, ("class", "foreground"))
+        check_choice("SeCo: prototype_rule", self.prototype_rule, PROTOTYPE_RULES)
         if self.patch_size < 1 or self.patches < 1 or self.reservoir < 1:
             raise ValueError(
                 f"SeCo: patch_size = {self.patch_size}, patches = {self.patches} and reservoir = {self.reservoir} must "
