@@ -98,7 +98,8 @@ def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
     """Every number of a recipe with the place it comes from: name -> {"value", "source"}.
 
     The layers of the TOML file are laid over each other: base, variant, dataset, variant of the dataset. A file that
-    `inherits` another method's goes on top of it, as far as it has the same fields, a dataset that is `like` another one on top of that one.
+    `inherits` another method's goes on top of it, as far as it has the same fields, a dataset that is `like` another one
+    on top of that one.
 
     Raises:
         ValueError: unknown variant or dataset, a field that no config knows, or one that is missing.

@@ -81,8 +81,8 @@ class TrainConfig:
 def rate_factor(step: int, config: TrainConfig) -> float:
     """Learning rate in optimiser step `step` (from 0) as a share of the base rate.
 
-    A constant first phase where the recipe has one, else linear warm-up, then polynomial decay counted from step 0, so that the factor drops a little where warm-up ends
-    (as the released codes of MoRe and SeCo have it). Steps beyond the last keep its value.
+    A constant first phase where the recipe has one, else linear warm-up, then polynomial decay counted from step 0, so
+    that the factor drops a little where warm-up ends (as the released codes of MoRe and SeCo have it). Steps beyond the last keep its value.
     """
     if step < config.first_steps:
         return config.first_factor
