@@ -14,14 +14,16 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wsss.backbones.vit import TINY_WEIGHTS, tiny_vit
+from wsss.backbones.conformer import TINY_CONFORMER, TINY_CONFORMER_WEIGHTS, tiny_conformer
+from wsss.backbones.resnet38 import TINY_RESNET, WEIGHTS, build_resnet38
+from wsss.backbones.vit import TINY, TINY_WEIGHTS, tiny_vit
 from wsss.data.scenes import PRETRAINING_CLASSES, pretraining_image
 from wsss.data.transforms import normalise
 from wsss.files import write_atomic
 
 CROP, PATCH = 64, 8
 TRAIN_IMAGES, VAL_IMAGES = 20_000, 1_000
-MIX_PROBABILITY, DROP, POOLED_SHARE, SMOOTHING = 0.8, 0.25, 0.2, 0.05
+MIX_PROBABILITY, POOLED_SHARE, SMOOTHING = 0.8, 0.2, 0.05
 
 
 def draw_images(first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -62,23 +64,14 @@ def pool_region(logits: Tensor, region: Tensor) -> Tensor:
     return torch.where(kept & ranked.isfinite(), ranked, 0).sum(1) / count[:, 0]
 
 
-class Classifier(nn.Module):
-    """The tiny backbone with a class-token head and a patch head."""
+class RegionClassifier(nn.Module):
+    """A tiny backbone with heads, taught by region CutMix.
 
-    def __init__(self):
-        super().__init__()
-        self.vit = tiny_vit(CROP, len(PRETRAINING_CLASSES))
-        self.patch_head = nn.Linear(self.vit.embed_dim, len(PRETRAINING_CLASSES))
+    Its `forward` takes images (B, 3, 64, 64) and, in training, indices of the kept patches (B, k); it returns logits of
+    the image (B, K), and those of every kept patch (B, k, K), once or more.
+    """
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 64, 64) and, in training, indices of the kept patches (B, k) -> logits (B, K), (B, k, K)."""
-        vit = self.vit
-        patches = vit.patch_embed(images) + vit.pos_embed[:, 1:]
-        if kept is not None:
-            patches = patches.gather(1, kept[..., None].expand(-1, -1, vit.embed_dim))
-        prefix = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
-        tokens = vit.norm(vit.blocks(torch.cat([prefix, patches], 1)))
-        return vit.head(tokens[:, 0]), self.patch_head(tokens[:, 1:])
+    DROP = 0.0  # share of the patches that training leaves out; maps have none to drop
 
     def loss(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Region CutMix of a batch with itself, rolled by one."""
@@ -87,40 +80,114 @@ class Classifier(nn.Module):
         pixels = region.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
         images = torch.where(pixels, images.roll(1, 0), images)
         other, region = labels.roll(1), region.flatten(1)
-        kept = torch.rand(batch, side * side, generator=generator).topk(int(side * side * (1 - DROP)), 1).indices
-        class_logits, patch_logits = self(images, kept)
+        kept = torch.rand(batch, side * side, generator=generator).topk(int(side * side * (1 - self.DROP)), 1).indices
+        class_logits, *patch_logits = self(images, kept)
         share, pasted = region.float().mean(1), region.gather(1, kept)
         nll = lambda logits, target: F.cross_entropy(logits, target, label_smoothing=SMOOTHING, reduction="none")
-        own = nll(class_logits, labels) + nll(pool_region(patch_logits, ~pasted), labels)
-        foreign = nll(class_logits, other) + nll(pool_region(patch_logits, pasted), other)
+        own = nll(class_logits, labels) + sum(nll(pool_region(logits, ~pasted), labels) for logits in patch_logits)
+        foreign = nll(class_logits, other) + sum(nll(pool_region(logits, pasted), other) for logits in patch_logits)
         return ((1 - share) * own + share * torch.where(pasted.any(1), foreign, 0)).mean()
 
 
+class ViTClassifier(RegionClassifier):
+    """The tiny vision transformer with a class-token head and a patch head."""
+
+    DROP = 0.25
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = tiny_vit(CROP, len(PRETRAINING_CLASSES))
+        self.patch_head = nn.Linear(self.backbone.embed_dim, len(PRETRAINING_CLASSES))
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        vit = self.backbone
+        patches = vit.patch_embed(images) + vit.pos_embed[:, 1:]
+        if kept is not None:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, vit.embed_dim))
+        prefix = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
+        tokens = vit.norm(vit.blocks(torch.cat([prefix, patches], 1)))
+        return vit.head(tokens[:, 0]), self.patch_head(tokens[:, 1:])
+
+
+class ConformerClassifier(RegionClassifier):
+    """The tiny Conformer: heads on its class token, its last map and its patch tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = tiny_conformer(num_classes=0, last_stride=1)
+        self.class_head, self.token_head = (nn.Linear(self.backbone.embed_dim, len(PRETRAINING_CLASSES)) for _ in range(2))
+        self.map_head = nn.Linear(self.backbone.num_features, len(PRETRAINING_CLASSES))
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        features = self.backbone.forward_features(images)
+        patches = self.map_head(_as_patches(features.map)), self.token_head(features.tokens[:, 1:])
+        return self.class_head(features.tokens[:, 0]), *(_picked(logits, kept) for logits in patches)
+
+
+class ResNetClassifier(RegionClassifier):
+    """The tiny ResNet38: its last map is pooled to patches, and these to the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = build_resnet38(TINY_RESNET, pretrained=False)
+        self.head = nn.Linear(self.backbone.out_channels["conv6"], len(PRETRAINING_CLASSES))
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        x = self.backbone(images)["conv6"]
+        logits = self.head(_as_patches(F.avg_pool2d(x, PATCH // self.backbone.stride)))
+        return logits.mean(1), _picked(logits, kept)
+
+
+def _as_patches(x: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, h * w, D)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _picked(logits: Tensor, kept: Tensor | None) -> Tensor:
+    """The logits (B, L, K) of the kept patches, in the order of `kept` (B, k)."""
+    return logits if kept is None else logits.gather(1, kept[..., None].expand(-1, -1, logits.shape[2]))
+
+
+CLASSIFIERS = {
+    TINY: (ViTClassifier, TINY_WEIGHTS),
+    TINY_CONFORMER: (ConformerClassifier, TINY_CONFORMER_WEIGHTS),
+    TINY_RESNET: (ResNetClassifier, WEIGHTS[TINY_RESNET]),
+}
+
+
 @torch.no_grad()
-def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> tuple[float, float]:
+def accuracy(model: RegionClassifier, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Share of centre-cropped images that the class token and the pooled patches name rightly."""
     margin = (images.shape[-1] - CROP) // 2
     hits = torch.zeros(2)
     for chunk, truth in zip(images.split(100), labels.split(100)):
-        classes, patches = model(normalise(chunk[..., margin : margin + CROP, margin : margin + CROP]))
+        classes, patches, *_ = model(normalise(chunk[..., margin : margin + CROP, margin : margin + CROP]))
         pooled = pool_region(patches, torch.ones(patches.shape[:2], dtype=torch.bool))
         hits += torch.stack([(classes.argmax(1) == truth).sum(), (pooled.argmax(1) == truth).sum()])
     return tuple((hits / len(images)).tolist())
 
 
-def pretrain(epochs: int = 24, batch_size: int = 64, lr: float = 1.5e-3, seed: int = 0, out: Path = TINY_WEIGHTS) -> None:
-    """Pretrain the tiny vision transformer on one CPU thread; write its weights (fp16) and a log beside them."""
+def pretrain(
+    backbone: str = TINY, epochs: int = 24, batch_size: int = 64, lr: float = 1.5e-3, seed: int = 0, out: Path | None = None
+) -> None:
+    """Pretrain one of `CLASSIFIERS` on one CPU thread; write its weights (fp16) and a log beside them.
+
+    Args:
+        out: file of the weights; the committed ones unless given.
+    """
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)
     images, labels = draw_images(0, TRAIN_IMAGES)
     held_out = draw_images(TRAIN_IMAGES, VAL_IMAGES)
-    model = Classifier()
+    classifier, committed = CLASSIFIERS[backbone]
+    model, out = classifier(), out or committed
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05, fused=True)
     steps = TRAIN_IMAGES // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.1)
-    log = f"wsss pretrain --epochs {epochs} --batch-size {batch_size} --lr {lr} --seed {seed}  (torch {torch.__version__})\n"
-    log += "epoch,loss,accuracy_class_token,accuracy_patches,seconds\n"
+    named = "" if backbone == TINY else f"--backbone {backbone} "
+    log = f"wsss pretrain {named}--epochs {epochs} --batch-size {batch_size} --lr {lr} --seed {seed}"
+    log += f"  (torch {torch.__version__})\nepoch,loss,accuracy_class_token,accuracy_patches,seconds\n"
     start = time.perf_counter()
     for epoch in range(epochs):
         total = 0.0
@@ -133,9 +200,18 @@ def pretrain(epochs: int = 24, batch_size: int = 64, lr: float = 1.5e-3, seed: i
             optimizer.step()
             schedule.step()
             total += loss.item()
-        scores = accuracy(model, *held_out)
+        scores = accuracy(model.eval(), *held_out)
+        model.train()
         log += f"{epoch + 1},{total / steps:.4f},{scores[0]:.4f},{scores[1]:.4f},{time.perf_counter() - start:.0f}\n"
         print(log.splitlines()[-1], flush=True)
         write_atomic(out.with_suffix(".log.csv"), log)
-        weights = {key: value.half().contiguous() for key, value in model.vit.state_dict().items() if "head" not in key}
-        write_atomic(out, save(weights))
+        write_atomic(out, save(_half(model.backbone.state_dict())))
+
+
+def _half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights in half precision, without the heads of a classifier."""
+    return {
+        key: (value.half() if value.is_floating_point() else value).contiguous()
+        for key, value in state.items()
+        if "head" not in key
+    }
