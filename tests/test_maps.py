@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from wsss.maps import (
     add_background,
@@ -9,6 +10,7 @@ from wsss.maps import (
     minmax,
     multi_scale,
     multi_scale_logits,
+    multi_scale_mean,
     multi_scale_probabilities,
     predict,
     resize,
@@ -22,8 +24,9 @@ EXACT = {"rtol": 1e-7, "atol": 1e-9}
 class StubNetwork:
     """Returns recorded maps, one dict a call, and checks the images that each call gets."""
 
-    def __init__(self, images, scales, recorded, flip=True):
+    def __init__(self, images, scales, recorded, flip=True, mode="bilinear"):
         self.images, self.scales, self.recorded, self.flip, self.calls = images, scales, recorded, flip, 0
+        self.mode = mode
 
     def __call__(self, inputs):
         scale, maps = self.scales[self.calls], self.recorded[self.calls]
@@ -31,7 +34,7 @@ class StubNetwork:
         height, width = (int(scale * length) for length in self.images.shape[2:])
         batch = self.images.shape[0]
         assert inputs.shape == (batch * (2 if self.flip else 1), 3, height, width)
-        torch.testing.assert_close(inputs[:batch], resize(self.images, (height, width)))
+        torch.testing.assert_close(inputs[:batch], F.interpolate(self.images, size=(height, width), mode=self.mode))
         if self.flip:
             assert torch.equal(inputs[batch:], inputs[:batch].flip(-1))
         return maps
@@ -129,6 +132,7 @@ def test_scores_at_a_threshold():
     assert three_way(cam, label, 0.75, 0.25).tolist() == [[[1, 255, 255, 0, 0]]]
     assert three_way(cam, label, 0.75, 0.25, strict=True).tolist() == [[[1, 255, 255, 255, 0]]]
     assert predict(cam, label, 0.5).tolist() == [[[1, 1, 0, 0, 0]]]
+    assert predict(cam, label, 0.5, strict=False).tolist() == [[[1, 1, 1, 0, 0]]]
 
 
 def test_absent_classes_never_appear():
@@ -138,6 +142,9 @@ def test_absent_classes_never_appear():
     assert set(three_way(cam, labels, 0.5, 0.25)[0].unique().tolist()) <= {0, 2, 4, 255}
     assert (three_way(cam, labels, 0.5, 0.25)[1] == 0).all()
     assert (predict(cam, labels, 0.5)[1] == 0).all()
+    at_zero = predict(cam - 0.5, labels, 0.0, strict=False)
+    assert set(at_zero[0].unique().tolist()) == {0, 2, 4}
+    assert (at_zero[1] == 0).all()
 
 
 def test_minmax_spans_every_map_and_survives_constant_ones():
@@ -249,6 +256,30 @@ def test_golden_seco_seg_inference_fusion(golden):
     fused = multi_scale_logits(network, images, scales, size=tuple(size))
     torch.testing.assert_close(fused, data["fused_logits"], rtol=1e-4, atol=1e-5)
     assert torch.equal(fused.argmax(1), data["prediction"].long())
+
+
+def test_golden_transcam_segmentation_fusion(golden):
+    data = golden("transcam_msfuse")
+    count = sum(re.fullmatch(r"seg_logits_s\d+_f0", key) is not None for key in data)
+    recorded = [torch.stack([data[f"seg_logits_s{i}_f{flipped}"] for flipped in (0, 1)]) for i in range(count)]
+    size, scales = data["seg_prob"].shape[1:], [0.5 * (i + 1) for i in range(count)]
+    images = torch.rand(1, 3, *size)
+    network = StubNetwork(images, scales, recorded, mode="bicubic")
+    fused = multi_scale_mean(network, images, scales, size)
+    assert network.calls == count > 1
+    torch.testing.assert_close(fused.softmax(1)[0].double(), data["seg_prob"], rtol=0, atol=1e-5)
+    assert torch.equal(fused.argmax(1)[0], data["seg_pred_nocrf"].long())
+
+
+def test_multi_scale_mean_without_mirror_images():
+    torch.manual_seed(0)
+    images, logits = torch.rand(2, 3, 8, 12), [torch.randn(2, 3, 2, 3), torch.randn(2, 3, 8, 12)]
+    network = StubNetwork(images, [0.5, 1.0], logits, flip=False, mode="bicubic")
+    fused = multi_scale_mean(network, images, [0.5, 1.0], (8, 12), flip=False)
+    small = F.interpolate(logits[0], size=(8, 12), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(fused, (small + logits[1]) / 2)
+    with pytest.raises(ValueError, match="scales is empty"):
+        multi_scale_mean(network, images, [], (8, 12))
 
 
 def test_probabilities_are_averaged_on_the_grid_of_the_first_scale():

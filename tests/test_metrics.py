@@ -11,7 +11,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.functional.classification import binary_f1_score
 
-from wsss.metrics import ConfusionMatrix, classification_f1
+from wsss.maps import predict
+from wsss.metrics import ConfusionMatrix, ThresholdSweep, classification_f1
 
 
 def tally(data, kind, num_classes, **options):
@@ -197,3 +198,110 @@ def test_golden_seco_metrics_of_image_labels(golden):
     data = golden("seco_metrics_released")
     f1 = classification_f1(data["cls_pred"] - 0.5, data["cls_true"])
     assert_equal_scores(f1, data["cls_f1"])
+
+
+def test_golden_transcam_miou(golden):
+    data = golden("transcam_miou")
+    matrix = ConfusionMatrix(len(data["confusion"]))
+    matrix.update(data["pred"], data["gt"])
+    assert torch.equal(matrix.counts, data["confusion"])
+    scores = matrix.scores()
+    assert_equal_scores(scores.iou.nan_to_num(0), data["iou"])
+    assert_equal_scores(scores.mean_iou("all"), data["miou"])
+    assert_equal_scores(scores.mean_iou("union"), data["miou_union_present"])
+    assert_equal_scores(scores.mean_iou("truth"), data["miou_gt_present"])
+    assert scores.mean_iou() == scores.miou
+    # The rates of wrong pixels, per union, follow from what `Scores` has.
+    assert_equal_scores((scores.iou / scores.precision - scores.iou)[data["TP"] > 0], data["fp_rate"][data["TP"] > 0])
+    assert_equal_scores((scores.iou / scores.recall - scores.iou)[data["TP"] > 0], data["fn_rate"][data["TP"] > 0])
+
+
+def sweep_of(data, strict):
+    """The curve's arrays, counted one image at a time."""
+    sweep = ThresholdSweep(data["iou_curve"].shape[1], data["thresholds"], strict)
+    for cam, label, truth in zip(data["cams"], data["labels"], data["gt"], strict=True):
+        sweep.update(cam[None], label[None], truth[None])
+    return sweep
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_golden_transcam_pseudo_labels(golden, strict):
+    data = golden("transcam_pseudo")
+    rule = "strict" if strict else "ge"
+    keys = [key for key in data if key.startswith(f"pred_{rule}_t")]
+    assert len(keys) >= 4
+    for key in keys:
+        prediction = predict(data["cams"], data["labels"], int(key[-3:]) / 100, strict)
+        assert torch.equal(prediction, data[key].long()), key
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_golden_transcam_threshold_curve(golden, strict):
+    data = golden("transcam_pseudo")
+    suffix = "" if strict else "_ge"
+    sweep = sweep_of(data, strict)
+    miou, iou = sweep.curve(over="all")
+    assert_equal_scores(miou, data[f"miou_curve{suffix}"])
+    if strict:
+        assert_equal_scores(iou.nan_to_num(0), data["iou_curve"])
+        assert sweep.best(over="all")[1] == pytest.approx(data["best_miou"], abs=1e-9)
+    assert sweep.best(over="all")[0] == data[f"best_threshold{suffix}"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_sweep_equals_predictions_at_each_threshold(strict, dtype):
+    torch.manual_seed(0)
+    thresholds = [0.0, 0.1, 0.25, 0.3, 0.7, 1.0]
+    maps = torch.randint(-2, 21, (4, 5, 9, 7)).to(dtype) / 20  # many scores lie exactly on a threshold
+    labels = (torch.rand(4, 5) < 0.5).float()
+    labels[0] = 0
+    truth = torch.randint(5, (4, 9, 7))  # class 5 is never there, but predicted
+    truth[torch.rand(truth.shape) < 0.1] = 255
+    sweep = ThresholdSweep(6, thresholds, strict)
+    sweep.update(maps[:2], labels[:2], truth[:2])
+    sweep.update(maps[2:], labels[2:], truth[2:].numpy())
+    for index, threshold in enumerate(thresholds):
+        matrix = ConfusionMatrix(6)
+        matrix.update(predict(maps, labels, threshold, strict), truth)
+        assert torch.equal(sweep.matrices()[index], matrix.counts)
+        for over in ("truth", "union", "all"):
+            miou, iou = sweep.curve(over)
+            assert miou[index] == matrix.scores().mean_iou(over)
+            torch.testing.assert_close(iou[index], matrix.scores().iou, rtol=0, atol=0, equal_nan=True)
+    miou = sweep.curve()[0]
+    assert sweep.best() == (thresholds[miou.argmax()], miou.max())
+
+
+def test_a_sweep_counts_more_pixels_than_32_bits():
+    sweep = ThresholdSweep(2, [0.5])
+    sweep.update(torch.tensor([0.2, 0.9]).view(1, 1, 1, 2), torch.ones(1, 1), torch.tensor([[[0, 1]]]))
+    sweep.counts *= 2**32
+    assert sweep.matrices().tolist() == [[[2**32, 0], [0, 2**32]]]
+    assert sweep.best() == (0.5, 1.0)
+
+
+def test_bad_input_of_sweeps_is_named():
+    maps, labels, truth = torch.rand(2, 3, 4, 4), torch.ones(2, 3), torch.zeros(2, 4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="num_classes is 1"):
+        ThresholdSweep(1, [0.5])
+    for thresholds in ([], [0.5, 0.5], [[0.5]]):
+        with pytest.raises(ValueError, match="must ascend"):
+            ThresholdSweep(4, thresholds)
+    sweep = ThresholdSweep(4, [0.5])
+    with pytest.raises(ValueError, match="no pixels were counted"):
+        sweep.best()
+    with pytest.raises(ValueError, match=r"ThresholdSweep.update: labels have shape \(2, 2\)"):
+        sweep.update(maps, labels[:, :2], truth)
+    with pytest.raises(ValueError, match="resize the maps"):
+        sweep.update(maps, labels, truth[:, :2])
+    with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\)"):
+        sweep.update(maps[:, :2], labels[:, :2], truth)
+    with pytest.raises(ValueError, match="truth has values 4..4"):
+        sweep.update(maps, labels, truth + 4)
+    with pytest.raises(TypeError, match="ThresholdSweep.update: truth must hold class indices"):
+        sweep.update(maps, labels, truth.float())
+    assert not sweep.counts.any(), "a refused batch leaves no trace"
+    sweep.update(maps, labels, truth)
+    with pytest.raises(ValueError, match="over 'classes' is unknown; choose one of truth, union, all"):
+        sweep.curve("classes")

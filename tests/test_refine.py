@@ -1,4 +1,6 @@
+import itertools
 import math
+import os
 import re
 import sys
 
@@ -7,9 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss.data.transforms import denormalise
+from wsss.affinity import psa_background
+from wsss.data.transforms import MEAN, STD, denormalise
 from wsss.maps import UNCERTAIN, add_background, resize
-from wsss.refine import PAR, dense_crf, refine_with_background
+from wsss.refine import (
+    DEEPLAB_CRF,
+    IN_FLIGHT,
+    LABEL_CRF,
+    PAR,
+    PSA_CRF,
+    CRFJob,
+    crf_labels,
+    dense_crf,
+    label_probabilities,
+    refine_with_background,
+)
 
 EXACT = {"rtol": 1e-7, "atol": 1e-9}
 
@@ -275,3 +289,153 @@ def test_golden_seco_crf(golden):
     )
     torch.testing.assert_close(posterior, data["posterior"], rtol=0, atol=1e-4)
     assert (posterior.argmax(0) == data["prediction"]).double().mean() >= 0.995
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"), [(LABEL_CRF, "params_label"), (PSA_CRF, "params_prob"), (DEEPLAB_CRF, "params_seg")]
+)
+def test_golden_transcam_crf_settings(golden, settings, key):
+    gaussian_weight, gaussian_width = settings["gaussian"]
+    weight, width, grey_levels = settings["bilateral"]
+    ours = [settings["iterations"], gaussian_width, gaussian_weight, width, grey_levels, weight]
+    assert ours == golden("transcam_crf")[key][:6].tolist()
+
+
+def test_golden_transcam_crf_of_labels(golden):
+    data = golden("transcam_crf")
+    num_labels = 21
+    probabilities = label_probabilities(data["label_in"], num_labels, data["params_label"][6].item())
+    posterior = dense_crf(data["img"], probabilities, **LABEL_CRF)
+    torch.testing.assert_close(posterior[data["classes"]], data["label_crf_q"], rtol=0, atol=1e-3)
+    jobs = [CRFJob("golden", data["img"], data["label_in"])]
+    (label,) = crf_labels(jobs, LABEL_CRF, num_labels, workers=1, progress=False)
+    assert (label != data["label_crf_out"]).double().mean() <= 0.002
+
+
+def test_golden_transcam_crf_of_probabilities(golden):
+    data = golden("transcam_crf")
+    for settings, key in ((PSA_CRF, "prob_crf_q"), (DEEPLAB_CRF, "seg_crf_q")):
+        posterior = dense_crf(data["img"], data["prob_in"], **settings)
+        torch.testing.assert_close(posterior, data[key], rtol=0, atol=1e-3)
+    cams = data["alpha_cam"]
+    for alpha in (4, 32):
+        planes = torch.cat([psa_background(cams[None], alpha)[0], cams])
+        posterior = dense_crf(data["img"], planes, **PSA_CRF)
+        torch.testing.assert_close(posterior, data[f"alpha{alpha}_crf_q"], rtol=0, atol=1e-3)
+
+
+def test_golden_transcam_crf_of_a_segmentation(golden):
+    data = golden("transcam_msfuse")
+    # The reference normalises in float64, denormalises in float32 and truncates: many grey levels end 1 too low.
+    mean, std = torch.tensor([MEAN, STD], dtype=torch.float64)[..., None, None]
+    normalised = (data["img"].permute(2, 0, 1).double() / 255 - mean) / std
+    different = denormalise(normalised.float()).byte().int() - data["seg_img_denorm"].int()
+    assert different.abs().max() <= 1
+    assert (different != 0).double().mean() < 0.01
+    image = data["seg_img_denorm"].permute(1, 2, 0)
+    posterior = dense_crf(image, data["seg_prob"], **DEEPLAB_CRF)
+    torch.testing.assert_close(posterior, data["seg_crf_q"], rtol=0, atol=1e-3)
+    assert (posterior.argmax(0) != data["seg_pred_crf"]).double().mean() <= 0.002
+    assert torch.equal(data["seg_prob"].argmax(0), data["seg_pred_nocrf"].long())
+
+
+def crf_problem(seed, height=12, width=15, classes=4):
+    rng = np.random.default_rng(seed)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return image, rng.uniform(0.1, 1, (classes, height, width)).astype(np.float32)
+
+
+def test_classes_of_equal_probabilities_are_computed_as_one(monkeypatch):
+    image, planes = crf_problem(0)
+    copies = np.r_[0, 1, 2, 0, 3, 0, 2]
+    # Few iterations: on noise, many of them amplify rounding errors, also those of another order of the classes.
+    settings = LABEL_CRF | {"iterations": 3}
+    posterior, alone = dense_crf(image, planes[copies], **settings), dense_crf(image, planes, **settings)
+    monkeypatch.setattr("wsss.refine._distinct", lambda p: (p, np.ones(len(p), np.float32), np.arange(len(p))))
+    torch.testing.assert_close(posterior, dense_crf(image, planes[copies], **settings), rtol=0, atol=1e-5)
+    assert (posterior[[0, 1, 2, 4]] - alone).abs().max() > 0.1, "copies count"
+
+
+def test_label_probabilities_by_hand():
+    probabilities = label_probabilities(np.array([[0, 2]], np.uint8), 4, certainty=0.4)
+    expected = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.2, 0.2, 0.4, 0.2]]).T[:, None]
+    torch.testing.assert_close(probabilities, expected)
+    with pytest.raises(ValueError, match=r"values 0..255; expected \(H, W\) with 0..20"):
+        label_probabilities(torch.tensor([[0, 255]]), 21)
+    with pytest.raises(ValueError, match=r"labels \(2,\)"):
+        label_probabilities(torch.tensor([0, 1]), 21)
+    with pytest.raises(ValueError, match="certainty is 1.0"):
+        label_probabilities(torch.tensor([[0]]), 21, 1.0)
+
+
+def crf_jobs(count):
+    """Images of different sizes, whose classes are no plane numbers."""
+    for index in range(count):
+        image, planes = crf_problem(index, height=10 + index)
+        yield CRFJob(f"image {index}", torch.from_numpy(image), planes, torch.tensor([0, 3, 7, 11]))
+
+
+def test_crf_in_processes_equals_one_by_one_and_keeps_the_order():
+    count = 7
+    expected = []
+    for job in crf_jobs(count):
+        posterior = dense_crf(job.image, job.scores, **PSA_CRF)
+        expected.append(job.classes[posterior.argmax(0)])
+    for workers in (1, 2):
+        found = list(crf_labels(crf_jobs(count), PSA_CRF, workers=workers, progress=False))
+        assert len(found) == count
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)), workers
+        assert found[0].dtype == torch.int64
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_crf_reads_only_a_few_images_ahead(workers):
+    read = []
+
+    def jobs():
+        for index in itertools.count():
+            read.append(index)
+            yield CRFJob(str(index), *crf_problem(index))
+
+    labels = crf_labels(jobs(), DEEPLAB_CRF, workers=workers, progress=False)
+    for taken in range(1, 4):
+        next(labels)
+        assert len(read) <= taken + IN_FLIGHT * workers
+    labels.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_image_is_named(workers):
+    image, planes = crf_problem(0)
+    jobs = [CRFJob("2007_000032", image, planes), CRFJob("2007_000039", image, planes[:, 1:])]
+    labels = crf_labels(jobs, DEEPLAB_CRF, workers=workers, progress=False)
+    next(labels)
+    with pytest.raises(RuntimeError, match=r"2007_000039: dense_crf: probabilities have shape \(4, 11, 15\)"):
+        next(labels)
+
+
+class Deadly:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_dead_worker_is_told():
+    image, planes = crf_problem(0)
+    lethal = np.array([Deadly()], dtype=object)
+    with pytest.raises(RuntimeError, match="a worker died while big was waited for.*fewer workers"):
+        list(crf_labels([CRFJob("big", image, planes, lethal)], DEEPLAB_CRF, workers=2, progress=False))
+
+
+def test_crf_shows_its_progress(capfd):
+    image, planes = crf_problem(0)
+    jobs = [CRFJob("one", image, planes), CRFJob("two", image, planes)]
+    list(crf_labels(jobs, DEEPLAB_CRF, workers=1))
+    assert "/2" in capfd.readouterr().err
+    list(crf_labels(iter(jobs), DEEPLAB_CRF, workers=1, total=2))
+    assert "/2" in capfd.readouterr().err
+    list(crf_labels(jobs, DEEPLAB_CRF, workers=1, progress=False))
+    assert not capfd.readouterr().err
+    with pytest.raises(ValueError, match="workers is 0"):
+        list(crf_labels(jobs, DEEPLAB_CRF, workers=0))

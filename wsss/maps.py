@@ -32,6 +32,23 @@ def minmax(maps: Tensor) -> Tensor:
     return maps / (maps.amax((-2, -1), keepdim=True) + 1e-5)
 
 
+def minmax_transcam(maps: Tensor) -> Tensor:
+    """Scale every map to 0..1 as TransCAM's code does: (x - min - 1e-5) / (max - min + 1e-5), values next to min set to 0.
+
+    So the largest value stays just below 1. Where a map is 0 at its least, the least becomes -1e-5 / max; where it is
+    positive everywhere, the pixels next to its minimum fall to about -min / (max - min), far below 0.
+
+    Args:
+        maps: (B, C, h, w), without negative values.
+
+    Returns:
+        (B, C, h, w), below 1. A constant map becomes negative.
+    """
+    _check_maps(maps, "minmax_transcam")
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps.masked_fill(maps < low + 1e-5, 0) - low - 1e-5) / (high - low + 1e-5)
+
+
 def token_similarity(features: Tensor, tokens: Tensor, kind: str) -> Tensor:
     """Similarity of every patch to every class token (the localised attention map, LAM, of MoRe).
 
@@ -102,6 +119,45 @@ def multi_scale(
 
 
 @torch.no_grad()
+def multi_scale_sum(
+    forward: Callable[[Tensor], Mapping[str, Tensor]],
+    inputs: Sequence[Tensor],
+    names: Sequence[str],
+    size: tuple[int, int],
+    flip: bool = True,
+) -> dict[str, Tensor]:
+    """Maps summed over image scales and mirror images, without gradient (TransCAM).
+
+    Unlike in `multi_scale`, negative values cancel positive ones of another scale; they are cut off after the sum, which is
+    then normalised by `minmax_transcam`.
+
+    Args:
+        forward: (2B, 3, h, w) images -> maps by name, each (2B, C, h', w'); one call for each of `inputs`.
+        inputs: the normalised images (B, 3, h, w) at every scale.
+        names: the maps wanted.
+        size: (H, W) of the result, usually that of the original image.
+        flip: whether mirror images are used.
+
+    Returns:
+        {name: (B, C, H, W)}, below 1.
+
+    Raises:
+        ValueError: images of another shape, or no scales.
+    """
+    total: dict[str, Tensor] = {}
+    for images in inputs:
+        _check_images(images, "multi_scale_sum")
+        maps = forward(torch.cat([images, images.flip(-1)]) if flip else images)
+        for name in names:
+            own = resize(maps[name], size)
+            own = torch.add(*_unmirrored(own)) if flip else own
+            total[name] = total[name] + own if name in total else own
+    if not total:
+        raise ValueError("multi_scale_sum: no inputs; give the images at one scale or more")
+    return {name: minmax_transcam(maps.relu()) for name, maps in total.items()}
+
+
+@torch.no_grad()
 def multi_scale_logits(
     segment: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -134,6 +190,39 @@ def multi_scale_logits(
         logits = torch.add(*_unmirrored(logits)) if flip else logits
         fused = logits if fused is None else torch.maximum(fused, logits)
     return fused
+
+
+@torch.no_grad()
+def multi_scale_mean(
+    segment: Callable[[Tensor], Tensor],
+    images: Tensor,
+    scales: Sequence[float],
+    size: tuple[int, int],
+    flip: bool = True,
+) -> Tensor:
+    """Segmentation logits, averaged over image scales and mirror images, without gradient (DeepLab in TransCAM).
+
+    Images are rescaled with bicubic interpolation; logits are resized bilinearly with aligned corners.
+
+    Args:
+        segment: (2B, 3, h, w) images -> logits (2B, C + 1, h', w'); one call per scale.
+        images: (B, 3, H, W) normalised images.
+        scales: factors of the image size.
+        size: (H', W') of the result, usually that of the truth.
+        flip: whether mirror images are used.
+
+    Returns:
+        (B, C + 1, H', W') logits.
+
+    Raises:
+        ValueError: images of another shape, or no scales.
+    """
+    _check_images(images, "multi_scale_mean")
+    total = 0
+    for inputs in _scaled_inputs(images, scales, flip, mode="bicubic"):
+        logits = F.interpolate(segment(inputs), size=tuple(size), mode="bilinear", align_corners=True)
+        total = total + (torch.add(*_unmirrored(logits)) / 2 if flip else logits)
+    return total / len(scales)
 
 
 @torch.no_grad()
@@ -192,18 +281,19 @@ def three_way(cam: Tensor, labels: Tensor, high: float, low: float, strict: bool
     """
     if low > high:
         raise ValueError(f"three_way: low = {low} must not be above high = {high}")
-    score, index = _strongest(cam, labels, "three_way")
+    score, index = strongest_class(cam, labels, "three_way")
     background = score < low if strict else score <= low
     return index.masked_fill(score <= high, UNCERTAIN).masked_fill(background, 0)
 
 
-def predict(maps: Tensor, labels: Tensor, threshold: float) -> Tensor:
+def predict(maps: Tensor, labels: Tensor, threshold: float, strict: bool = True) -> Tensor:
     """Label map without an uncertain band: the strongest class where its score is above `threshold`, else background.
 
     Args:
         maps: (B, C, H, W) scores in 0..1.
         labels: (B, C) of 0/1, the image-level labels (given or predicted) that the map may use.
         threshold: the background's score.
+        strict: whether a score exactly at the threshold is background (released codes) or a class (BNR's text).
 
     Returns:
         int64 (B, H, W) in 0..C.
@@ -211,8 +301,8 @@ def predict(maps: Tensor, labels: Tensor, threshold: float) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
-    score, index = _strongest(maps, labels, "predict")
-    return index.masked_fill(score <= threshold, 0)
+    score, index = strongest_class(maps, labels, "predict")
+    return index.masked_fill(score <= threshold if strict else score < threshold, 0)
 
 
 def merge_labels(probabilities: Tensor, labels: Tensor) -> Tensor:
@@ -242,6 +332,16 @@ def add_background(maps: Tensor) -> Tensor:
     return torch.cat([1 - maps.amax(-3, keepdim=True), maps], dim=-3)
 
 
+def strongest_class(maps: Tensor, labels: Tensor, caller: str) -> tuple[Tensor, Tensor]:
+    """The largest score of the labelled classes and that class (channel + 1), each (B, h, w).
+
+    Without a labelled class the score is -inf and the class 1. `caller` is named in errors.
+    """
+    check_labels(maps, labels, caller)
+    score, channel = maps.masked_fill(labels[:, :, None, None] == 0, -torch.inf).max(dim=1)
+    return score, channel + 1
+
+
 def check_labels(maps: Tensor, labels: Tensor, caller: str) -> None:
     """Raise a ValueError unless maps are (B, C, h, w) and labels (B, C)."""
     _check_maps(maps, caller)
@@ -252,25 +352,19 @@ def check_labels(maps: Tensor, labels: Tensor, caller: str) -> None:
         )
 
 
-def _strongest(maps: Tensor, labels: Tensor, caller: str) -> tuple[Tensor, Tensor]:
-    """The largest score of the labelled classes and that class (channel + 1), each (B, h, w)."""
-    check_labels(maps, labels, caller)
-    score, channel = (maps * labels[:, :, None, None]).max(dim=1)
-    return score, channel + 1
-
-
 def _ratio(values: Tensor, by: Tensor) -> Tensor:
     """values / by, and 0 where `by` is 0."""
     return torch.where(by > 0, values / torch.where(by > 0, by, 1), 0)
 
 
-def _scaled_inputs(images: Tensor, scales: Sequence[float], flip: bool) -> Iterator[Tensor]:
+def _scaled_inputs(images: Tensor, scales: Sequence[float], flip: bool, mode: str = "bilinear") -> Iterator[Tensor]:
     """The images at every scale, followed in the batch by their mirror images."""
     if not scales:
         raise ValueError("scales is empty: give at least one factor of the image size, e.g. (1.0,)")
     height, width = images.shape[-2:]
     for scale in scales:
-        scaled = resize(images, (int(scale * height), int(scale * width)))
+        size = (int(scale * height), int(scale * width))
+        scaled = F.interpolate(images, size=size, mode=mode, align_corners=False)
         yield torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
 
 

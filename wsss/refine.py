@@ -1,14 +1,30 @@
 """Refinement of class maps by the colours of the image: pixel-adaptive refinement (PAR) and the dense CRF."""
 
 import math
-from collections.abc import Sequence
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from operator import length_hint
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from wsss.engines import cores
 from wsss.maps import UNCERTAIN, check_labels, resize
+
+# Settings of `dense_crf` beside its defaults: for label maps (TransCAM), for class maps (PSA), and for the
+# probabilities of a segmentation network (DeepLab in TransCAM).
+LABEL_CRF = {"iterations": 10, "gaussian": (3, 3), "bilateral": (10, 50, 5)}
+PSA_CRF = {"iterations": 10, "gaussian": (3, 3), "bilateral": (10, 80, 13)}
+DEEPLAB_CRF = {"iterations": 1, "gaussian": (3, 3), "bilateral": (10, 32, 13)}
+IN_FLIGHT = 2  # images that wait or are worked on, for each worker of `crf_labels`
 
 
 class PAR(nn.Module):
@@ -160,7 +176,8 @@ def dense_crf(
 ) -> Tensor:
     """Posterior of a fully connected CRF (pydensecrf), with the unary -log of the probabilities clipped to 1e-5..1.
 
-    The defaults are those of the released MoRe on VOC.
+    The defaults are those of the released MoRe on VOC. Classes with the same probabilities everywhere, as those that a
+    label map does not have, have the same posterior too, and are computed as one.
 
     Args:
         image: uint8 (H, W, 3) RGB.
@@ -193,12 +210,141 @@ def dense_crf(
             "dense_crf needs pydensecrf. Install it with a C++ compiler and an older Cython:\n"
             "  CYTHON_FORCE_REGEN=1 pip install --build-constraint build-constraints.txt pydensecrf==1.0rc3"
         ) from error
-    classes, height, width = probabilities.shape
-    crf = DenseCRF2D(width, height, classes)
-    crf.setUnaryEnergy(-np.log(probabilities.clip(1e-5, 1)).reshape(classes, -1))
-    crf.addPairwiseGaussian(sxy=gaussian[1], compat=gaussian[0])
-    crf.addPairwiseBilateral(sxy=bilateral[1], srgb=bilateral[2], rgbim=image, compat=bilateral[0])
-    return torch.from_numpy(np.array(crf.inference(iterations))).view(classes, height, width)
+    height, width = image.shape[:2]
+    planes, count, plane_of = _distinct(probabilities)
+    # n classes as one: it has n times the probability, and 1 / n of the compatibility with itself.
+    crf = DenseCRF2D(width, height, len(planes))
+    crf.setUnaryEnergy((-np.log(planes.clip(1e-5, 1)) - np.log(count)[:, None, None]).reshape(len(planes), -1))
+    crf.addPairwiseGaussian(sxy=gaussian[1], compat=-gaussian[0] / count)
+    crf.addPairwiseBilateral(sxy=bilateral[1], srgb=bilateral[2], rgbim=image, compat=-bilateral[0] / count)
+    posterior = np.array(crf.inference(iterations)) / count[:, None]
+    return torch.from_numpy(posterior[plane_of]).view(-1, height, width)
+
+
+def _distinct(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Planes (K, ...) without repetitions, how often each occurs (float32), and which of them each plane is (K,)."""
+    seen = {}
+    plane_of = np.array([seen.setdefault(plane.tobytes(), len(seen)) for plane in planes])
+    _, first, count = np.unique(plane_of, return_index=True, return_counts=True)
+    return planes[first], count.astype(np.float32), plane_of
+
+
+def label_probabilities(labels: np.ndarray | Tensor, num_labels: int, certainty: float = 0.7) -> Tensor:
+    """Probabilities of a label map, for `dense_crf`: `certainty` for a pixel's label, the rest shared by all others.
+
+    Args:
+        labels: integers (H, W), 0..num_labels-1; 0 is a label as any other.
+        num_labels: background included.
+        certainty: above 0, below 1.
+
+    Returns:
+        float32 (num_labels, H, W), on the labels' device.
+
+    Raises:
+        ValueError: labels out of range, or a certainty out of range.
+    """
+    labels = torch.as_tensor(labels).long()
+    if not 0 < certainty < 1:
+        raise ValueError(f"label_probabilities: certainty is {certainty}; it must lie between 0 and 1")
+    if labels.ndim != 2 or labels.min() < 0 or labels.max() >= num_labels:
+        raise ValueError(
+            f"label_probabilities: labels {tuple(labels.shape)} have values {labels.min().item()}.."
+            f"{labels.max().item()}; expected (H, W) with 0..{num_labels - 1}"
+        )
+    rest = (1 - certainty) / (num_labels - 1)
+    probabilities = torch.full((num_labels, *labels.shape), rest, device=labels.device)
+    return probabilities.scatter_(0, labels[None], certainty)
+
+
+class CRFJob(NamedTuple):
+    """One image for `crf_labels`.
+
+    Attributes:
+        name: what an error calls it.
+        image: uint8 (H, W, 3) RGB.
+        scores: probabilities (K, H, W), or a label map of integers (H, W).
+        classes: (K,) the label of each plane of probabilities; 0..K-1 if None.
+    """
+
+    name: str
+    image: np.ndarray | Tensor
+    scores: np.ndarray | Tensor
+    classes: np.ndarray | Tensor | None = None
+
+
+def crf_labels(
+    jobs: Iterable[CRFJob],
+    settings: Mapping[str, object],
+    num_labels: int | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+    total: int | None = None,
+) -> Iterator[Tensor]:
+    """Label maps by `dense_crf` of many images, in their order, on all cores.
+
+    Workers are processes: pydensecrf never lets go of Python's lock, so threads would take turns. Images stream: `jobs`
+    is read in the calling thread, `IN_FLIGHT` images ahead for each worker.
+
+    Args:
+        jobs: the images; a generator will do.
+        settings: arguments of `dense_crf`, such as `LABEL_CRF`.
+        num_labels: the scores are label maps of that many labels, see `label_probabilities`; None: probabilities.
+        workers: processes; None takes one for each core, 1 none but the calling one.
+        progress: whether a progress bar is shown.
+        total: number of images, for the bar, where `jobs` has no length.
+
+    Yields:
+        int64 (H, W) on the CPU.
+
+    Raises:
+        RuntimeError: an image failed; the message names it.
+        ValueError: workers < 1.
+    """
+    workers = cores() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"crf_labels: workers is {workers}; give at least 1")
+    work = partial(_crf_label, settings=dict(settings), num_labels=num_labels)
+    total = total or length_hint(jobs) or None
+    results = map(work, jobs) if workers == 1 else _in_processes(work, jobs, workers)
+    for label in tqdm(results, desc="CRF", unit="image", total=total, disable=not progress, leave=False):
+        yield torch.from_numpy(label).long()
+
+
+def _crf_label(job: CRFJob, settings: dict, num_labels: int | None) -> np.ndarray:
+    try:
+        scores = job.scores if num_labels is None else label_probabilities(job.scores, num_labels)
+        label = dense_crf(job.image, scores, **settings).argmax(0).numpy()
+        return label if job.classes is None else _array(job.classes)[label]
+    except Exception as error:
+        raise RuntimeError(f"crf_labels: {job.name}: {error}") from error
+
+
+def _in_processes(work, jobs: Iterable[CRFJob], workers: int) -> Iterator[np.ndarray]:
+    """Results of `work` in the order of the jobs."""
+    context = multiprocessing.get_context("forkserver")  # a fork of this process could inherit locks of torch's threads
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    pending = deque()
+    try:
+        for job in jobs:
+            # Arrays are pickled as they are; tensors would pass through shared memory, one open file each.
+            arrays = [None if value is None else _array(value) for value in job[1:]]
+            pending.append((job.name, pool.submit(work, CRFJob(job.name, *arrays))))
+            if len(pending) >= IN_FLIGHT * workers:
+                yield _result(*pending.popleft())
+        while pending:
+            yield _result(*pending.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(name: str, future) -> np.ndarray:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"crf_labels: a worker died while {name} was waited for, perhaps for lack of memory; use fewer workers"
+        ) from error
 
 
 def _array(values: np.ndarray | Tensor) -> np.ndarray:
