@@ -12,7 +12,7 @@ from torch import nn
 from wsss import training
 from wsss.data import Sample
 from wsss.data.scenes import Scenes
-from wsss.training import TrainConfig, batches, load_checkpoint, parameter_groups, rate_factor, train
+from wsss.training import TrainConfig, batches, build_optimizer, load_checkpoint, parameter_groups, rate_factor, train
 
 CONFIG = TrainConfig(
     crop=80,
@@ -167,10 +167,58 @@ def test_a_loss_that_is_not_finite_stops_the_run(scenes):
         train(method, scenes, CONFIG, 0, progress=False)
 
 
-@pytest.mark.parametrize("field, value, message", [("precision", "fp8", "precision = 'fp8'"), ("steps", 0, "steps = 0")])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("precision", "fp8", "precision = 'fp8'"),
+        ("steps", 0, "steps = 0"),
+        ("optimizer", "adam", "optimizer = 'adam' is not one of adamw, sgd"),
+        ("momentum", 0.9, "momentum = 0.9 with optimizer = 'adamw'.*only to \"sgd\""),
+    ],
+)
 def test_bad_fields_are_named(field, value, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **{field: value})
+    with pytest.raises(ValueError, match="momentum = 1.5"):
+        dataclasses.replace(CONFIG, optimizer="sgd", momentum=1.5)
+
+
+def test_a_stopped_run_with_momentum_goes_on_with_the_same_bits(scenes, tmp_path):
+    config = dataclasses.replace(CONFIG, optimizer="sgd", momentum=0.9, lr=0.1)
+    whole, resumed = fresh(), fresh()
+    history = train(whole, scenes, config, 0, progress=False)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, method):
+        if step == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(fresh(), scenes, config, 0, tmp_path / "checkpoint.pt", "run", progress=False, observe=stop)
+    assert train(resumed, scenes, config, 0, tmp_path / "checkpoint.pt", "run", progress=False) == history
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    without = fresh()
+    train(without, scenes, dataclasses.replace(config, momentum=0.0), 0, progress=False)
+    assert not torch.equal(without.head.weight, whole.head.weight)
+
+
+def test_a_method_gets_the_mask_and_where_it_is_valid():
+    sample = Sample(torch.full((3, 30, 30), 255, dtype=torch.uint8), torch.ones(1), torch.full((30, 30), 255), "void")
+    seen = {}
+
+    class Both(Dummy):
+        batch_fields = ("mask", "valid")
+
+        def losses(self, batch, step):
+            seen.update(batch)
+            return {"zero": self.head.weight.sum() * 0}
+
+    config = dataclasses.replace(CONFIG, batch_size=1, steps=1, crop=40, crop_mode="shrink", crop_scale=(1.0, 1.0))
+    train(Both(), [sample], config, 0, progress=False)
+    assert set(seen) == {"image", "label", "mask", "valid"}
+    assert (seen["mask"] == 255).all() and seen["valid"].dtype == torch.bool and seen["valid"].sum() == 30 * 30
 
 
 class Slope(nn.Module):
@@ -214,3 +262,83 @@ def test_golden_seco_lr_schedule(golden, monkeypatch):
     train(method, [image], longer, 0, progress=False)
     after = torch.stack([method.backbone[0], method.head]).detach().double()
     torch.testing.assert_close(after, arrays["parameter_after"], rtol=1e-4, atol=0)
+
+
+class Descent(nn.Module):
+    """One vector per multiple of the rate, each with the gradient A w + G[step]."""
+
+    batch_fields, views = (), None
+
+    def __init__(self, start, slope, noise, groups):
+        super().__init__()
+        self.slope, self.noise, self.groups = slope, noise, groups
+        self.vectors = nn.ParameterList(nn.Parameter(start.clone()) for _ in groups)
+
+    def parameter_groups(self, config):
+        return [
+            {"params": [vector], "base_lr": config.lr * multiplier, "weight_decay": decay}
+            for vector, (multiplier, decay) in zip(self.vectors, self.groups.items())
+        ]
+
+    def losses(self, batch, step):
+        return {"all": sum((self.slope * w * w / 2 + self.noise[step] * w).sum() for w in self.vectors)}
+
+
+def descend(monkeypatch, arrays, config, groups):
+    """The vectors, and the rates that they were moved by, after every step of the loop: (steps, groups, ...)."""
+    steps = len(arrays["G"])
+    monkeypatch.setattr(training, "rate_factor", lambda step, _: rate_factor(step, config))  # also beyond the last step
+    rates, vectors = [], []
+    build = training.build_optimizer
+
+    def watched(method, config):
+        optimizer = build(method, config)
+        optimizer.register_step_post_hook(
+            lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+        )
+        return optimizer
+
+    monkeypatch.setattr(training, "build_optimizer", watched)
+    method = Descent(arrays["w0"], arrays["A"], arrays["G"], groups)
+    image = Sample(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(1), None, "black")
+    observe = lambda step, method: vectors.append(torch.stack([w.detach().clone() for w in method.vectors]))
+    train(method, [image], dataclasses.replace(config, steps=steps), 0, progress=False, observe=observe)
+    return torch.stack(vectors), torch.tensor(rates, dtype=torch.float64)
+
+
+TRANSCAM = dataclasses.replace(CONFIG, crop=8, batch_size=1, warmup_steps=0, clip_norm=0.0, weight_decay=5e-4)
+
+
+@pytest.mark.parametrize("momentum, key", [(0.0005, "aff_traj"), (0.9, "aff_traj_m09")])
+def test_golden_transcam_optim_of_the_affinity_network(golden, monkeypatch, momentum, key):
+    """The weight decay that slipped into the place of the momentum, and what was likely meant."""
+    arrays = golden("transcam_optim")
+    config = dataclasses.replace(TRANSCAM, lr=arrays["lr"], steps=arrays["max_step"], optimizer="sgd", momentum=momentum)
+    groups = {1: 5e-4, 10: 5e-4, 2: 0.0, 20: 0.0}
+    vectors, rates = descend(monkeypatch, arrays, config, groups)
+    for index, multiplier in enumerate(groups):
+        torch.testing.assert_close(rates[:, index], arrays[f"aff_lr_x{multiplier}"], rtol=1e-9, atol=0)
+        torch.testing.assert_close(vectors[:, index], arrays[f"{key}_x{multiplier}"], rtol=1e-9, atol=1e-9)
+
+
+def test_golden_transcam_optim_of_the_classifier(golden, monkeypatch):
+    arrays = golden("transcam_optim")
+    config = dataclasses.replace(TRANSCAM, lr=5e-5, steps=len(arrays["G"]), poly_power=0.0)
+    vectors, rates = descend(monkeypatch, arrays, config, {1: 5e-4})
+    assert (rates == 5e-5).all()
+    torch.testing.assert_close(vectors[:, 0], arrays["adamw_traj"], rtol=1e-9, atol=1e-9)
+
+
+def test_golden_transcam_optim_of_deeplab(golden):
+    """The released schedule counts to 20,001, one more than it makes steps."""
+    arrays = golden("transcam_optim")
+    config = dataclasses.replace(TRANSCAM, lr=0.001, steps=20_001, optimizer="sgd", momentum=0.9)
+    rates = [config.lr * rate_factor(step, config) for step in arrays["seg_iter"].tolist()]
+    torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), arrays["seg_lr"], rtol=1e-9, atol=0)
+
+
+def test_a_method_may_group_its_parameters_itself():
+    method = Descent(torch.zeros(2), torch.ones(2), torch.zeros(1, 2), {1: 0.1, 3: 0.0})
+    optimizer = build_optimizer(method, dataclasses.replace(CONFIG, weight_decay=0.7))
+    assert [(g["base_lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1e-3, 0.1), (pytest.approx(3e-3), 0)]
+    assert isinstance(optimizer, torch.optim.AdamW)

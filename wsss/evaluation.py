@@ -4,36 +4,41 @@
 - `maps-given-labels`: a class map, thresholded, filtered by the image-level ground truth. For seeds and pseudo masks of
   training images; on any other split it must be asked for explicitly, since labels are not known there.
 - `maps-predicted-labels`: the same, filtered by the classes that the model itself predicts. No labels are used.
+- `retrained`: as `decoder`, of a second network that was trained on the pseudo masks of a first one.
 
 Maps that a method names in `probability_maps` have a background channel and are not thresholded: labels are merged into
 the probabilities (`maps.merge_labels`), and the arg max over background and classes decides.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from wsss.data import Sample
-from wsss.data.transforms import resize_for_evaluation
+from wsss.data.transforms import normalise, resize_for_evaluation, squash
 from wsss.maps import (
     add_background,
     merge_labels,
     minmax,
     multi_scale,
     multi_scale_logits,
+    multi_scale_mean,
     multi_scale_probabilities,
+    multi_scale_sum,
     predict,
     resize,
 )
-from wsss.metrics import ConfusionMatrix, Scores
+from wsss.methods.common import Method, check_choice
+from wsss.metrics import ConfusionMatrix, Scores, ThresholdSweep
 from wsss.refine import dense_crf
 
-PROTOCOLS = ("decoder", "maps-given-labels", "maps-predicted-labels")
+PROTOCOLS = ("decoder", "maps-given-labels", "maps-predicted-labels", "retrained")
+DECODER = "decoder"  # what a request names instead of a map
 BATCH = 32
 
 
@@ -47,11 +52,19 @@ class EvalConfig:
         decoder_scales: scales of the decoder's logits.
         eval_flip: whether mirror images are used.
         map_relu: names of maps whose negative values are cut off before scales are summed.
-        threshold_cam, threshold_lam, threshold_fused: background score of each map; `cam_aux` uses the one of `cam`.
+        threshold_cam, threshold_lam, threshold_fused, threshold_transcam: background score of each map; `cam_aux` uses
+            the one of `cam`.
         crf_gaussian: (weight, width in pixels) of the CRF's smoothness kernel.
         crf_bilateral: (weight, width in pixels, width in grey levels) of its appearance kernel.
         train_images: how many training images seeds and pseudo masks are scored on; 0 takes all.
         decoder_crf: whether the decoder is also scored after a CRF.
+        threshold_split: split on whose truth the background score of every map is chosen, with its image labels given; ""
+            takes the recipe's scores. It must not be a split that is scored.
+        map_fusion: "max" (see `multi_scale`) or "sum" (see `multi_scale_sum`).
+        decoder_fusion: "max" (see `multi_scale_logits`) or "mean" (see `multi_scale_mean`).
+        crf_iterations: mean-field iterations of the CRF.
+
+    Recipes may leave out the last four and `threshold_transcam`.
     """
 
     eval_size: int
@@ -66,6 +79,22 @@ class EvalConfig:
     crf_bilateral: tuple[float, float, float]
     train_images: int
     decoder_crf: bool
+    threshold_transcam: float = field(default=0.5, metadata={"optional": True})
+    threshold_split: str = field(default="", metadata={"optional": True})
+    map_fusion: str = field(default="max", metadata={"optional": True})
+    decoder_fusion: str = field(default="max", metadata={"optional": True})
+    crf_iterations: int = field(default=10, metadata={"optional": True})
+
+    def __post_init__(self):
+        check_choice("recipe field map_fusion", self.map_fusion, ("max", "sum"))
+        check_choice("recipe field decoder_fusion", self.decoder_fusion, ("max", "mean"))
+        if self.map_fusion == "sum" and not self.eval_size:
+            raise ValueError('recipe field eval_size = 0: with map_fusion = "sum" images are squashed, so it needs a side')
+
+    @property
+    def crf(self) -> dict[str, object]:
+        """Arguments of `dense_crf`."""
+        return {"iterations": self.crf_iterations, "gaussian": self.crf_gaussian, "bilateral": self.crf_bilateral}
 
     def threshold(self, name: str) -> float:
         """Background score of the map `name`."""
@@ -87,9 +116,9 @@ class Request:
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol {self.protocol!r} is not one of {', '.join(PROTOCOLS)}")
-        if (self.protocol == "decoder") != (self.map == "decoder"):
+        if (self.protocol in ("decoder", "retrained")) != (self.map == DECODER):
             raise ValueError(f"protocol {self.protocol!r} cannot score the map {self.map!r}")
-        if self.threshold is not None and (self.crf or self.map == "decoder"):
+        if self.threshold is not None and (self.crf or self.map == DECODER):
             raise ValueError(f"{self.key}: only a map without a CRF has a threshold; leave `threshold` out")
 
     @property
@@ -101,7 +130,7 @@ class Request:
 
 @torch.no_grad()
 def evaluate(
-    method: nn.Module,
+    method: Method,
     dataset: Dataset[Sample],
     requests: Iterable[Request],
     config: EvalConfig,
@@ -109,11 +138,13 @@ def evaluate(
     images: int | None = None,
     labels_on_held_out: bool = False,
     progress: bool = True,
+    sweeps: Mapping[str, ThresholdSweep] | None = None,
 ) -> dict[str, Scores]:
     """Score `method` on (the first `images` images of) a split under several protocols, sharing the forward passes.
 
     Args:
         labels_on_held_out: allow `maps-given-labels` on a split that is not a training split.
+        sweeps: name of a map -> what gathers its mIoU over all thresholds, with the image labels given.
 
     Returns:
         `Request.key` -> `Scores`. Pixels marked 255 in the truth are left out.
@@ -122,31 +153,34 @@ def evaluate(
         ValueError: a split without masks, labels given on a held-out split, a decoder that the method does not have, or
             a threshold for a map that needs none.
     """
-    requests = list(requests)
-    _check(dataset, requests, labels_on_held_out)
+    requests, sweeps = list(requests), sweeps or {}
+    _check(dataset, requests, sweeps, labels_on_held_out)
     _check_thresholds(method, requests)
     method.to(device).eval()
     matrices = {request.key: ConfusionMatrix(len(dataset.classes) + 1) for request in requests}
+    names = {request.map for request in requests} | set(sweeps)
     total = len(dataset) if images is None else min(images, len(dataset))
     bar = tqdm(total=total, desc=f"evaluating {dataset.split}", unit="image", disable=not progress, leave=False)
-    for samples in _batches(dataset, total):
-        inputs = torch.stack([resize_for_evaluation(s.image, config.eval_size or None) for s in samples]).to(device)
-        scores = _scores(method, inputs, tuple(samples[0].mask.shape), requests, config)
+    for samples in batches_of_one_size(dataset, total):
+        scores = all_scores(method, samples, names, config, device)
         for request in requests:
-            predictions = _predictions(request, scores, samples, config)
+            predictions = predict_masks(request, scores, samples, config)
             for prediction, sample in zip(predictions, samples):
                 matrices[request.key].update(prediction, sample.mask)
+        for name, sweep in sweeps.items():
+            labels, truth = torch.stack([s.label for s in samples]), torch.stack([s.mask for s in samples])
+            sweep.update(resize(scores[name].float().cpu(), tuple(truth.shape[1:])), labels, truth)
         bar.update(len(samples))
     bar.close()
     return {key: matrix.scores() for key, matrix in matrices.items()}
 
 
-def _check(dataset: Dataset, requests: list[Request], labels_on_held_out: bool) -> None:
-    if not requests:
+def _check(dataset: Dataset, requests: list[Request], sweeps: Mapping, labels_on_held_out: bool) -> None:
+    if not requests and not sweeps:
         raise ValueError("evaluate: no requests")
     if dataset[0].mask is None:
         raise ValueError(f"{dataset.identity}: the split {dataset.split!r} has no masks and cannot be scored here")
-    given = any(request.protocol == "maps-given-labels" for request in requests)
+    given = bool(sweeps) or any(request.protocol == "maps-given-labels" for request in requests)
     if given and not dataset.split.startswith("train") and not labels_on_held_out:
         raise ValueError(
             f"maps-given-labels on the split {dataset.split!r} would use its image-level ground truth at test time; "
@@ -154,36 +188,43 @@ def _check(dataset: Dataset, requests: list[Request], labels_on_held_out: bool) 
         )
 
 
-def _probability_maps(method: nn.Module) -> tuple[str, ...]:
-    return getattr(method, "probability_maps", ())
-
-
-def _check_thresholds(method: nn.Module, requests: list[Request]) -> None:
+def _check_thresholds(method: Method, requests: list[Request]) -> None:
     for request in requests:
-        if request.threshold is not None and request.map in _probability_maps(method):
+        if request.threshold is not None and request.map in method.probability_maps:
             raise ValueError(
                 f"{request.key}: the map {request.map!r} has a background channel, whose score no threshold replaces; "
                 "leave `threshold` out"
             )
 
 
-def _batches(dataset: Dataset[Sample], total: int) -> Iterator[list[Sample]]:
-    """Runs of consecutive images that fit into one batch: of one size, at most `BATCH` of them."""
-    samples = (dataset[index] for index in range(total))
+def batches_of_one_size(dataset: Dataset[Sample], total: int, first: int = 0) -> Iterator[list[Sample]]:
+    """Runs of consecutive images `first` .. `total` - 1 that fit into one batch: of one size, at most `BATCH` of them."""
+    samples = (dataset[index] for index in range(first, total))
     for _, run in groupby(samples, key=lambda s: s.image.shape):
         while batch := list(islice(run, BATCH)):
             yield batch
 
 
-def _scores(
-    method: nn.Module, inputs: Tensor, size: tuple[int, int], requests: list[Request], config: EvalConfig
+def all_scores(
+    method: Method, samples: Sequence[Sample], names: Iterable[str], config: EvalConfig, device: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
-    """Everything the requests need: decoder logits at the `size` of the truth, where the released code fuses scales;
-    normalised maps at input size, or probabilities at patch size; predicted image labels (B, C).
+    """Scores of images of one size, from as few forward passes as will do.
+
+    Args:
+        names: maps of the method, and "decoder" for the logits of its decoder.
+
+    Returns:
+        "decoder" (B, C + 1, H, W), at the size of the images, where the released codes fuse scales; maps (B, C, h, w)
+        normalised to 0..1 and, of `probability_maps`, (B, C + 1, h, w); with any map also "labels" (B, C) of 0/1, the
+        classes that the network predicts.
+
+    Raises:
+        ValueError: a decoder that the method does not have.
     """
-    names = {request.map for request in requests}
-    scores = {}
-    if "decoder" in names:
+    names, scores = set(names), {}
+    size = tuple(samples[0].image.shape[1:])
+    inputs = torch.stack([resize_for_evaluation(s.image, config.eval_size or None) for s in samples]).to(device)
+    if DECODER in names:
 
         def segment(images: Tensor) -> Tensor:
             logits = method.segment(images)
@@ -191,8 +232,9 @@ def _scores(
                 raise ValueError(f"{type(method).__name__} has no decoder: the protocol `decoder` does not apply")
             return logits
 
-        scores["decoder"] = multi_scale_logits(segment, inputs, config.decoder_scales, size, config.eval_flip)
-    wanted = (names - {"decoder", "fused"}) | ({"cam", "lam"} if "fused" in names else set())
+        fuse = multi_scale_logits if config.decoder_fusion == "max" else multi_scale_mean
+        scores[DECODER] = fuse(segment, inputs, config.decoder_scales, size, config.eval_flip)
+    wanted = (names - {DECODER, "fused"}) | ({"cam", "lam"} if "fused" in names else set())
     if wanted:
         present = {}
 
@@ -202,9 +244,14 @@ def _scores(
                 present["labels"] = (maps["class_logits"][: len(inputs), :, 0, 0] > 0).float()
             return maps
 
-        probabilities = sorted(wanted & set(_probability_maps(method)))
-        relu = {name: name in config.map_relu for name in sorted(wanted - set(probabilities))}
-        if relu:
+        probabilities = sorted(wanted & set(method.probability_maps))
+        plain = sorted(wanted - set(probabilities))
+        if plain and config.map_fusion == "sum":
+            sides = [round(config.eval_size * scale) for scale in config.map_scales]
+            squashed = [torch.stack([normalise(squash(s.image, side)) for s in samples]).to(device) for side in sides]
+            scores |= multi_scale_sum(forward, squashed, plain, size, config.eval_flip)
+        elif plain:
+            relu = {name: name in config.map_relu for name in plain}
             scores |= multi_scale(forward, inputs, config.map_scales, relu, config.eval_flip)
         if probabilities:
             scores |= multi_scale_probabilities(forward, inputs, config.map_scales, probabilities, config.eval_flip)
@@ -216,23 +263,25 @@ def _scores(
     return scores
 
 
-def _predictions(request: Request, scores: dict[str, Tensor], samples: list[Sample], config: EvalConfig) -> list[Tensor]:
-    """Label maps (H, W) of a batch at the size of the truth."""
+def predict_masks(
+    request: Request, scores: Mapping[str, Tensor], samples: Sequence[Sample], config: EvalConfig
+) -> list[Tensor]:
+    """Label maps int64 (H, W) of images at their own size, from what `all_scores` gave for them."""
     maps = scores[request.map].float()
     if request.protocol == "maps-given-labels":
         labels = torch.stack([sample.label for sample in samples]).to(maps.device)
     else:
         labels = scores.get("labels")
-    probable = request.map != "decoder" and maps.shape[1] == labels.shape[1] + 1  # with a background channel
+    probable = request.map != DECODER and maps.shape[1] == labels.shape[1] + 1  # with a background channel
     if probable:
         maps = merge_labels(maps, labels)
     threshold = request.threshold
-    if threshold is None and request.map != "decoder" and not probable:
+    if threshold is None and request.map != DECODER and not probable:
         threshold = config.threshold(request.map)
     predictions = []
     for index, sample in enumerate(samples):
-        own = resize(maps[index : index + 1], tuple(sample.mask.shape))
-        if request.map == "decoder":
+        own = resize(maps[index : index + 1], tuple(sample.image.shape[1:]))
+        if request.map == DECODER:
             classes = torch.arange(own.shape[1])
             probabilities, plain = own[0].softmax(0), own[0].argmax(0)
         else:
@@ -245,8 +294,6 @@ def _predictions(request: Request, scores: dict[str, Tensor], samples: list[Samp
                 probabilities = add_background(own[0, kept]) if len(kept) else own.new_ones(1, *own.shape[-2:])
                 plain = predict(own, labels[index : index + 1], threshold)[0]
         if request.crf:
-            image = sample.image.permute(1, 2, 0)
-            refined = dense_crf(image, probabilities, gaussian=config.crf_gaussian, bilateral=config.crf_bilateral)
-            plain = classes.cpu()[refined.argmax(0)]
+            plain = classes.cpu()[dense_crf(sample.image.permute(1, 2, 0), probabilities, **config.crf).argmax(0)]
         predictions.append(plain.cpu())
     return predictions

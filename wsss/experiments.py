@@ -13,14 +13,13 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import resource
 import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import count, takewhile
@@ -29,19 +28,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from wsss import methods, states
-from wsss.backbones.vit import TINY, TINY_WEIGHTS, MultiTokenViT
+from wsss import backbones, methods, states
 from wsss.data import Sample, load_dataset
 from wsss.evaluation import EvalConfig, Request, evaluate
 from wsss.files import write_json
 from wsss.floors import floors, sentence
-from wsss.representations import describe_tokens
-from wsss.metrics import Scores
-from wsss.training import TrainConfig, train
+from wsss.methods.common import Method
+from wsss.metrics import Scores, ThresholdSweep
+from wsss.stages import Trained, affinity_labels, pseudo_masks, relabel, score_masks
+from wsss.training import TrainConfig, load_checkpoint, train
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_DATASETS = {"embedded": "embedded", "voc2012": "voc2012", "voc2012-cpu": "voc2012", "coco2014": "coco2014"}
@@ -50,12 +48,12 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The fields of a recipe that build the backbone; see `MultiTokenViT`."""
+    """The fields of a recipe that build the backbone; all but the first are of vision transformers, see `MultiTokenViT`."""
 
     backbone: str
-    registers: int
-    token_init: str
-    pos_resize: str
+    registers: int = field(default=0, metadata={"optional": True})
+    token_init: str = field(default="copy", metadata={"optional": True})
+    pos_resize: str = field(default="bicubic", metadata={"optional": True})
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes
@@ -173,6 +171,8 @@ class Experiment:
         dataset: name of a recipe: "embedded", "voc2012", "voc2012-cpu" (real photographs, tiny backbone) or "coco2014".
         arm: label of the table row, for example "w/o L_cre"; not part of the content.
         overrides: (field, value) pairs laid over the recipe.
+        source: the run that a later stage builds on: the classifier of an affinity network; for a second segmentation
+            network that affinity network, or any method with maps.
     """
 
     method: str
@@ -181,6 +181,15 @@ class Experiment:
     seed: int = 0
     arm: str = "full"
     overrides: tuple[tuple[str, object], ...] = ()
+    source: "Experiment | None" = None
+
+    def __post_init__(self):
+        stage = methods.find(self.method).stage
+        if bool(stage) != bool(self.source):
+            need = "learns from another run: name it as `source`" if stage else "is a first stage: leave `source` out"
+            raise ValueError(f"Experiment: {self.method} {need}")
+        if stage == "affinity" and methods.find(self.source.method).stage:
+            raise ValueError(f"Experiment: {self.method} needs a classifier as its source, not {self.source.method}")
 
     def recipe(self) -> dict[str, object]:
         """Flat recipe: field -> value.
@@ -203,11 +212,13 @@ class Experiment:
 
     @property
     def key(self) -> str:
-        """Eight hexadecimal digits of the content: method, variant, dataset, seed, recipe and tiny weights."""
+        """Eight hexadecimal digits of the content: method, variant, dataset, seed, recipe, tiny weights, and source."""
         recipe = self.recipe()
         content = [self.method, self.variant, self.dataset, self.seed, recipe]
-        if recipe["backbone"] == TINY:
-            content.append(hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest())
+        if recipe["backbone"] in backbones.TINY_FILES:
+            content.append(hashlib.sha256(backbones.TINY_FILES[recipe["backbone"]].read_bytes()).hexdigest())
+        if self.source:
+            content.append(self.source.key)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
@@ -223,25 +234,38 @@ class Experiment:
         values = {f.name: recipe[f.name] for f in fields(cls) if f.name in recipe}
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
-    def build(self, num_classes: int, pretrained: bool = True) -> nn.Module:
+    def build(self, num_classes: int, pretrained: bool = True) -> Method:
         """The method with its backbone, ready to train; draws from the global generator, so seed it first."""
-        cls, b, crop = methods.find(self.method), self.config(BackboneConfig), self.recipe()["crop"]
-        vit = MultiTokenViT(
-            b.backbone, cls.class_tokens(num_classes), b.registers, crop, b.token_init, b.pos_resize, pretrained
+        cls, b = methods.find(self.method), self.config(BackboneConfig)
+        backbone = backbones.build(
+            b.backbone,
+            pretrained,
+            class_tokens=cls.class_tokens(num_classes),
+            registers=b.registers,
+            image_size=self.recipe()["crop"],
+            token_init=b.token_init,
+            pos_resize=b.pos_resize,
         )
-        return cls(self.config(cls.Config), num_classes, vit)
+        return cls(self.config(cls.Config), num_classes, backbone)
+
+    def chain(self) -> list["Experiment"]:
+        """The runs that this one builds on, the nearest first."""
+        return [self.source, *self.source.chain()] if self.source else []
+
+    def with_seed(self, seed: int) -> "Experiment":
+        """The same with another seed, of its source as well."""
+        return replace(self, seed=seed, source=self.source and self.source.with_seed(seed))
 
 
 def with_seeds(experiments: Sequence[Experiment], count: int) -> list[Experiment]:
     """Every experiment with each of the seeds 0 .. count-1."""
-    return [replace(experiment, seed=seed) for experiment in experiments for seed in range(count)]
+    return [experiment.with_seed(seed) for experiment in experiments for seed in range(count)]
 
 
 def worth(experiment: Experiment, split: str, data_root: str | None = None) -> str:
     """What scores on a split are worth, for captions: the floors of the images that are scored, the patch grid's ceiling."""
     recipe = experiment.recipe()
-    patch = 8 if recipe["backbone"] == TINY else int(re.search(r"patch(\d+)", recipe["backbone"]).group(1))
-    side = (recipe["eval_size"] or recipe["crop"]) // patch
+    side = (recipe["eval_size"] or recipe["crop"]) // backbones.stride(recipe["backbone"])
     images = recipe["train_images"] or None if split.startswith("train") else None
     dataset = cached_dataset(RECIPE_DATASETS[experiment.dataset], split, data_root or None)
     return sentence(floors(dataset, (side, side), images))
@@ -261,8 +285,9 @@ class Record:
 
     Attributes:
         metrics: "<split>/<protocol>/<map>" -> {"miou", "precision", ... (fractions), "iou": per class, ...}.
-        tokens: what the method's `describe` says of its trained network, or `describe_tokens` of its class tokens; {} where
-            it has neither.
+        tokens: what the method's `describe` says of its trained network; {} where it says nothing. Where thresholds were
+            chosen: "thresholds" (map -> background score) and "curves" (split -> map -> mIoU at `THRESHOLDS`).
+        source: name of the run that this one builds on, or "".
     """
 
     name: str
@@ -281,6 +306,7 @@ class Record:
     tokens: dict
     wall_seconds: float
     peak_memory_mb: float
+    source: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
@@ -363,19 +389,27 @@ def train_experiment(
     data_root: str | None = None,
     checkpoint: Path | None = None,
     progress: bool = True,
-    observe: Callable[[int, nn.Module], None] | None = None,
-) -> tuple[nn.Module, Dataset[Sample], list[dict]]:
+    observe: Callable[[int, Method], None] | None = None,
+    runs: Path | None = None,
+) -> tuple[Method, Dataset[Sample], list[dict]]:
     """Build and train the method of an experiment; returns it with its training data and its history.
 
-    `observe` is called with (steps done, method) after every step.
+    Args:
+        observe: is called with (steps done, method) after every step.
+        runs: folder of the runs, which a later stage needs: there lies its source, and there go its label maps.
+
+    Raises:
+        FileNotFoundError: the source of a later stage is not there; the message says how to make it.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     torch.set_num_threads(1)
     torch.manual_seed(experiment.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     source = RECIPE_DATASETS[experiment.dataset]
     dataset = cached_dataset(source, TRAIN_SPLIT[source], data_root or None)
-    method = experiment.build(len(dataset.classes))
+    method = experiment.build(len(dataset.classes)).to(device)
+    if experiment.source:
+        dataset = _relabelled(experiment, method, dataset, Path(runs), progress)
     config, workers = experiment.config(TrainConfig), 0 if source == "embedded" else min(4, os.cpu_count() or 1)
     history = train(
         method, dataset, config, experiment.seed, checkpoint, experiment.name, device, workers, progress, observe
@@ -383,11 +417,61 @@ def train_experiment(
     return method, dataset, history
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_trained(experiment: Experiment, runs: Path) -> Trained:
+    """The trained network of a finished run, with the background scores that it chose.
+
+    Raises:
+        FileNotFoundError: the run is not done, or its weights are not there (they are not committed).
+        ValueError: the checkpoint is not of this run.
+    """
+    folder = Path(runs) / experiment.name
+    state, weights = read_state(folder)["state"], folder / "checkpoint.pt"
+    if state != "done" or not weights.exists():
+        found = f"is {state}" if state != "done" else "is done, but its weights checkpoint.pt are not kept here"
+        raise FileNotFoundError(
+            f"{folder}: this run ({experiment.arm}) {found}, and a later stage builds on it. Make it with "
+            "`wsss.experiments.run_all`, which trains a stage after the runs that it builds on, or with `wsss reproduce`"
+        )
+    record = Record.read(folder)
+    method = experiment.build(len(record.classes), pretrained=False)
+    method.load_state_dict(load_checkpoint(weights, experiment.name)["method"])
+    config = _with_thresholds(experiment.config(EvalConfig), record.tokens.get("thresholds", {}))
+    return Trained(method.to(_device()).eval(), config)
+
+
+def _with_thresholds(config: EvalConfig, chosen: dict[str, float]) -> EvalConfig:
+    return replace(config, **{f"threshold_{name}": score for name, score in chosen.items()})
+
+
+def _relabelled(
+    experiment: Experiment, method: Method, dataset: Dataset[Sample], runs: Path, progress: bool
+) -> Dataset[Sample]:
+    """The training images with the label maps that the source of a later stage gives them."""
+    chain, workers = [load_trained(source, runs) for source in experiment.chain()], _crf_workers(experiment)
+    if method.stage == "affinity":
+        stage = Trained(method, experiment.config(EvalConfig))
+        make = lambda batches: affinity_labels(chain[0], stage, batches, workers)
+    else:
+        make = lambda batches: pseudo_masks(chain, batches, method.config.crf_masks, workers)
+    return relabel(dataset, runs / experiment.name / "labels", make, method.config.images, progress)
+
+
+def _crf_workers(experiment: Experiment) -> int | None:
+    """Small runs stand side by side, one core each; at the papers' scale a run has the machine to itself."""
+    return 1 if experiment.recipe()["backbone"] in backbones.TINY_FILES else None
+
+
 def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: bool) -> Record:
-    start = time.perf_counter()
-    method, dataset, history = train_experiment(experiment, data_root, folder / "checkpoint.pt", progress)
+    start, runs = time.perf_counter(), folder.parent
+    method, dataset, history = train_experiment(
+        experiment, data_root, folder / "checkpoint.pt", progress, runs=runs
+    )
     device = next(method.parameters()).device
-    metrics, tokens = score(experiment, method, data_root, device, progress)
+    metrics, tokens = score(experiment, method, data_root, device, progress, runs)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_memory_mb()
     return Record(
         experiment.name,
@@ -406,10 +490,12 @@ def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: 
         tokens,
         round(time.perf_counter() - start, 1),
         round(memory),
+        experiment.source.name if experiment.source else "",
     )
 
 
 TRAIN_SPLIT = {"embedded": "train", "voc2012": "train_aug", "coco2014": "train"}
+THRESHOLDS = tuple(round(0.01 * step, 2) for step in range(100))  # background scores among which one is chosen
 
 
 def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Request]]]:
@@ -420,30 +506,48 @@ def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Reque
     config, method = experiment.config(EvalConfig), methods.find(experiment.method)
     given = [Request("maps-given-labels", name) for name in method.map_names]
     given += [Request("maps-given-labels", name, crf=True) for name in method.crf_maps]
-    predicted = [Request("decoder"), *(Request("maps-predicted-labels", name) for name in method.crf_maps)]
-    if config.decoder_crf:
-        predicted.append(Request("decoder", crf=True))
-    train = [("train", config.train_images or None, given)] if given else []  # a supervised network has no maps
+    decoder = [Request(method.segments)] if method.segments else []
+    predicted = [*decoder, *(Request("maps-predicted-labels", name) for name in method.crf_maps)]
+    if decoder and config.decoder_crf:
+        predicted.append(Request(method.segments, crf=True))
+    plan = [("train", config.train_images or None, given)]
     if RECIPE_DATASETS[experiment.dataset] == "embedded":
-        return [*train, ("test", None, predicted), ("test_broken", None, [Request("decoder")])]
-    return [*train, ("val", None, predicted)]
+        plan += [("test", None, predicted), ("test_broken", None, decoder)]
+    else:
+        plan += [("val", None, predicted)]
+    return [(split, images, requests) for split, images, requests in plan if requests]
 
 
-def score(experiment, method, data_root, device, progress) -> tuple[dict[str, dict], dict]:
-    """Metrics of a trained method by "<split>/<protocol>/<map>", and the description of its class tokens."""
+def score(experiment, method, data_root, device, progress, runs=None) -> tuple[dict[str, dict], dict]:
+    """Metrics of a trained method by "<split>/<protocol>/<map>", and what else its record keeps of it."""
     source, config, metrics = RECIPE_DATASETS[experiment.dataset], experiment.config(EvalConfig), {}
+    told, curves = {}, {}
+    if config.threshold_split:
+        curves[config.threshold_split] = sweeps = _sweeps(method)
+        dataset = cached_dataset(source, config.threshold_split, data_root)
+        evaluate(method, dataset, [], config, device, None, True, progress, sweeps)
+        told["thresholds"] = {name: sweep.best()[0] for name, sweep in sweeps.items()}
+        config = _with_thresholds(config, told["thresholds"])
     for split, images, requests in score_plan(experiment):
         dataset = cached_dataset(source, split, data_root)
-        for key, scores in evaluate(method, dataset, requests, config, device, images, progress=progress).items():
-            metrics[f"{split}/{key}"] = _plain(scores)
-    tokens = {}
-    if source == "embedded":
+        sweeps = curves.setdefault(split, _sweeps(method)) if curves and split == "train" else {}
+        found = evaluate(method, dataset, requests, config, device, images, False, progress, sweeps)
+        metrics |= {f"{split}/{key}": _plain(scores) for key, scores in found.items()}
+    if method.stage == "affinity":
+        chain = [Trained(method, config), *(load_trained(e, runs) for e in experiment.chain())]
         dataset = cached_dataset(source, "train", data_root)
-        if hasattr(method, "describe"):
-            tokens = method.describe(dataset, 200)
-        elif hasattr(method, "tokens"):
-            tokens = describe_tokens(method, dataset, 200, device)
-    return metrics, tokens
+        found = score_masks(chain, dataset, config.train_images or None, _crf_workers(experiment))
+        metrics |= {f"train/{key}": _plain(scores) for key, scores in found.items()}
+    if curves:
+        rounded = lambda sweep: [round(value, 4) for value in sweep.curve().miou.tolist()]
+        told["curves"] = {split: {name: rounded(s) for name, s in found.items()} for split, found in curves.items()}
+    if source == "embedded":
+        told |= method.describe(cached_dataset(source, "train", data_root), 200)
+    return metrics, told
+
+
+def _sweeps(method: Method) -> dict[str, ThresholdSweep]:
+    return {name: ThresholdSweep(method.num_classes + 1, THRESHOLDS) for name in method.map_names}
 
 
 def _plain(scores: Scores) -> dict:
@@ -486,25 +590,36 @@ def run_all(
 ) -> list[Record]:
     """Train what is not done, `workers` runs side by side in processes of their own, and return all records in order.
 
+    Runs that others build on come first, whether they are listed or not.
+
     Raises:
-        RuntimeError: a run failed; the message names it and its error. The others are finished first.
+        RuntimeError: a run failed; the message names it and its error. Those that do not build on it are finished first.
     """
-    failures = []
-    bar = tqdm(total=len(experiments), desc="runs", unit="run", disable=not progress)
-    missing = [e for e in experiments if read_state(Path(runs) / e.name)["state"] != "done"]
-    bar.update(len(experiments) - len(missing))
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
-            futures = {pool.submit(run, e, runs, data_root, False): e for e in missing}
-            for future in as_completed(futures):
-                error = future.exception()
-                if error:
-                    failures.append(f"{futures[future].name}: {type(error).__name__}: {error}")
-                bar.update()
+    stages: dict[int, dict[str, Experiment]] = {}
+    for experiment in experiments:
+        for e in (experiment, *experiment.chain()):
+            stages.setdefault(len(e.chain()), {})[e.name] = e
+    bar = tqdm(total=sum(map(len, stages.values())), desc="runs", unit="run", disable=not progress)
+    failures: dict[str, str] = {}
+    for depth in sorted(stages):
+        wanted = stages[depth].values()
+        lost = [e for e in wanted if any(source.name in failures for source in e.chain())]
+        failures |= {e.name: f"{e.name}: not started, a run that it builds on failed" for e in lost}
+        done = [e for e in wanted if read_state(Path(runs) / e.name)["state"] == "done"]
+        bar.update(len(done) + len(lost))
+        missing = [e for e in wanted if e not in done and e not in lost]
+        if missing:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context) as pool:
+                futures = {pool.submit(run, e, runs, data_root, False): e for e in missing}
+                for future in as_completed(futures):
+                    error, name = future.exception(), futures[future].name
+                    if error:
+                        failures[name] = f"{name}: {type(error).__name__}: {error}"
+                    bar.update()
     bar.close()
     if failures:
-        raise RuntimeError("\n".join(["runs failed:", *failures]))
+        raise RuntimeError("\n".join(["runs failed:", *failures.values()]))
     return load_records(experiments, runs)
 
 
@@ -533,6 +648,6 @@ def obtain(
         )
     records = run_all(experiments, Path(out) / "runs" if out else committed, workers, data_root or None)
     done = lambda experiment: read_state(committed / experiment.name)["state"] == "done"
-    arms = {first.name: first for first in (replace(e, seed=0) for e in experiments)}.values()
-    known = [e for arm in arms for e in takewhile(done, (replace(arm, seed=seed) for seed in count()))]
+    arms = {first.name: first for first in (e.with_seed(0) for e in experiments)}.values()
+    known = [e for arm in arms for e in takewhile(done, (arm.with_seed(seed) for seed in count()))]
     return records, load_records(known, committed) if source == "embedded" and known else None

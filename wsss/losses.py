@@ -14,6 +14,21 @@ IGNORE = 255
 KERNEL_ENTRIES = 2**24
 
 
+def pixel_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy averaged over all labelled pixels of the batch; a batch without any gives 0.
+
+    Args:
+        logits: (B, C + 1, H, W).
+        label: int64 (B, H, W), 255 where there is none.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_label(logits, label, "pixel_cross_entropy: logits")
+    total = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="sum")
+    return total / (label != IGNORE).sum().clamp(min=1)
+
+
 def segmentation_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Cross entropy averaged over background and over foreground pixels separately (L_seg of MoRe and SeCo, released).
 

@@ -1,7 +1,8 @@
-"""What a network's tokens look like: how well class tokens separate, and how alike the patches of an image are."""
+"""What is inside a trained network: how class tokens separate, how alike patches are, where attention and maps lie."""
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 
 from wsss.data import Sample
 from wsss.data.transforms import normalise, resize_for_evaluation
-from wsss.maps import resize
+from wsss.maps import UNCERTAIN, minmax, resize
 from wsss.metrics import ConfusionMatrix
 
 
@@ -266,3 +267,39 @@ def describe_sizes(method: nn.Module, dataset: Dataset[Sample], images: int, siz
         times.append(round(elapsed / len(samples), 6))
         memory.append(round(sum(storages.values()) / 2**20, 2))
     return {"sizes": list(sizes), "size_miou": scores, "size_seconds": times, "size_memory_mb": memory}
+
+
+def describe_activation(method: nn.Module, dataset: Dataset[Sample], images: int) -> dict:
+    """How much of the attention and of the maps of TransCAM lies on the background (BNR 3.3, figures 1 and 5).
+
+    The attention of a patch is what it gets from all patches in A* (BNR eq. 4), as a multiple of the mean. A map's
+    activation is its value between 0 (its least pixel) and 1 (its highest), for the classes of the image.
+
+    Returns:
+        `attention_background`, `attention_object`: mean attention of patches without and with an object (by the majority of
+        their pixels). For each of the maps "cam" and "transcam", `<map>_background`: mean activation of pixels of the
+        background; `<map>_object`: of the pixels of the map's own class; `<map>_other`: of objects of other classes (None
+        where there are none).
+    """
+    method.eval()
+    device, patch = next(method.parameters()).device, method.backbone.patch_size
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for start in range(0, min(images, len(dataset)), 50):
+        samples = [dataset[i] for i in range(start, min(start + 50, images, len(dataset)))]
+        inputs = torch.stack([normalise(s.image) for s in samples]).to(device)
+        masks, labels = torch.stack([s.mask for s in samples]), torch.stack([s.label for s in samples])
+        with torch.no_grad():
+            got = method.received_attention(inputs).flatten(1).cpu()
+            maps = {name: minmax(resize(values, masks.shape[1:])).cpu() for name, values in method.maps(inputs).items()}
+        objects = majority_labels(masks, patch).flatten(1) > 0
+        found["attention_background"].append(got[~objects])
+        found["attention_object"].append(got[objects])
+        image, c = labels.nonzero(as_tuple=True)
+        truth = masks[image]
+        places = {"background": truth == 0, "object": truth == c[:, None, None] + 1}
+        places["other"] = ~(places["background"] | places["object"] | (truth == UNCERTAIN))
+        for name in ("cam", "transcam"):
+            for place, inside in places.items():
+                found[f"{name}_{place}"].append(maps[name][image, c][inside])
+    means = {name: torch.cat(values).double().mean().item() for name, values in found.items()}
+    return {name: round(mean, 4) if math.isfinite(mean) else None for name, mean in means.items()}

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from wsss.data import Sample
-from wsss.data.transforms import TrainTransform
+from wsss.data.transforms import PADDING, TrainTransform
 from wsss.files import write_atomic
 
+OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,9 +32,9 @@ class TrainConfig:
         crop: side of the training crop in pixels.
         batch_size: images in one optimiser step, in total.
         steps: optimiser steps.
-        lr: base rate of AdamW, used for the backbone.
+        lr: base rate of the optimiser, used for the backbone.
         head_lr_multiplier: rate of all other parameters, as a multiple of `lr`.
-        weight_decay: of every parameter.
+        weight_decay: of every parameter, unless the method groups its parameters itself.
         warmup_steps: steps of linear warm-up.
         warmup_ratio: share of the rate at step 0.
         poly_power: exponent of the polynomial decay.
@@ -43,6 +44,8 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints.
         first_steps, first_factor: a first phase of that many steps, at a constant multiple of all rates. Recipes may
             leave it out.
+        optimizer: "adamw" or "sgd". Recipes may leave it out.
+        momentum: of SGD. Recipes may leave it out.
     """
 
     crop: int
@@ -64,8 +67,17 @@ class TrainConfig:
     checkpoint_every: int
     first_steps: int = field(default=0, metadata={"optional": True})
     first_factor: float = field(default=1.0, metadata={"optional": True})
+    optimizer: str = field(default="adamw", metadata={"optional": True})
+    momentum: float = field(default=0.0, metadata={"optional": True})
 
     def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"recipe field optimizer = {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        if not 0 <= self.momentum < 1 or self.momentum and self.optimizer != "sgd":
+            raise ValueError(
+                f"recipe field momentum = {self.momentum} with optimizer = {self.optimizer!r}: give 0 or more and "
+                'below 1, and only to "sgd"'
+            )
         if self.precision not in PRECISIONS:
             raise ValueError(f"recipe field precision = {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         for field in ("crop", "batch_size", "steps", "checkpoint_every"):
@@ -109,15 +121,18 @@ class _Augmented(Dataset):
     def _crop(self, sample: Sample) -> dict[str, Tensor]:
         if not self.wanted:
             return {"image": self.transform(sample.image)}
-        if "mask" not in self.wanted:
-            image, outside = self.transform.with_mask(sample.image, torch.zeros(sample.image.shape[-2:]).long())
-            return {"image": image, "valid": outside == 0}
-        if sample.mask is None:
-            raise ValueError(
-                f"{sample.name}: this image has no mask, and the method learns from masks; take a split that has them"
-            )
-        image, mask = self.transform.with_mask(sample.image, sample.mask)
-        return {"image": image, "mask": mask}
+        maps = {"valid": torch.zeros(sample.image.shape[-2:], dtype=torch.int64)}
+        if "mask" in self.wanted:
+            if sample.mask is None:
+                raise ValueError(
+                    f"{sample.name}: this image has no mask, and the method learns from masks; "
+                    "take a split that has them"
+                )
+            maps["mask"] = sample.mask
+        image, cropped = self.transform.with_mask(sample.image, torch.stack(list(maps.values())))
+        crops = dict(zip(maps, cropped))
+        crops["valid"] = crops["valid"] != PADDING
+        return {"image": image} | {field: crops[field] for field in self.wanted}
 
 
 def batches(images: int, config: TrainConfig, seed: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
@@ -135,7 +150,13 @@ def batches(images: int, config: TrainConfig, seed: int, first_step: int) -> Ite
 
 
 def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict]:
-    """The backbone at the base rate, everything else at `head_lr_multiplier` times it."""
+    """Dicts with "params", "base_lr" and, where it is not the recipe's, "weight_decay".
+
+    Those of the method's own `parameter_groups(config)` where it has one; else the backbone at the base rate, and
+    everything else at `head_lr_multiplier` times it.
+    """
+    if hasattr(method, "parameter_groups"):
+        return method.parameter_groups(config)
     backbone = list(method.backbone.parameters())
     known = {id(parameter) for parameter in backbone}
     heads = [p for p in method.parameters() if p.requires_grad and id(p) not in known]
@@ -143,6 +164,14 @@ def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict]:
         {"params": [p for p in backbone if p.requires_grad], "base_lr": config.lr},
         {"params": heads, "base_lr": config.lr * config.head_lr_multiplier},
     ]
+
+
+def build_optimizer(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The recipe's optimiser of the method's parameters; `train` sets the rate of a group from its "base_lr"."""
+    groups = parameter_groups(method, config)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def train(
@@ -169,8 +198,7 @@ def train(
     """
     torch.manual_seed(seed)
     method.to(device).train()
-    groups = parameter_groups(method, config)
-    optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = build_optimizer(method, config)
     dtype, device = PRECISIONS[config.precision], torch.device(device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     first, history, recent = 0, [], []

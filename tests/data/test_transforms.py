@@ -1,7 +1,10 @@
 import pickle
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from wsss.data.transforms import (
@@ -13,11 +16,14 @@ from wsss.data.transforms import (
     denormalise,
     normalise,
     resize_for_evaluation,
+    squash,
 )
 
 JITTER = (0.4, 0.4, 0.2, 0.1)
 VOC = TrainTransform(crop=48, scale=(0.32, 1), ratio=(3 / 4, 4 / 3), jitter=JITTER, jitter_probability=0.5)
 COCO = TrainTransform(48, (0.32, 1), (3 / 4, 4 / 3), JITTER, 0.8, crop_mode="shrink")
+TRANSCAM = TrainTransform(48, (30, 60), (1, 1), JITTER, 1, crop_mode="long_side")
+DEEPLAB = TrainTransform(48, (0.5, 1.5), (1, 1), JITTER, 1, crop_mode="rescale")
 
 
 def plain(crop, scale=(1, 1), ratio=(1, 1), crop_mode="resize"):
@@ -57,7 +63,25 @@ def test_resize_for_evaluation_squashes_after_normalising():
     assert_close(squashed[..., 0], rows[..., 0] * (1 / 6) + rows[..., 1] * (5 / 6))
 
 
-@pytest.mark.parametrize("transform", [VOC, COCO])
+def test_golden_transcam_squash(golden):
+    """Within one grey level of the reference, whose library may round another way."""
+    arrays = golden("transcam_msfuse")
+    image = arrays["img"].permute(2, 0, 1)
+    grey_level = 1 / 255 / torch.tensor(STD)[:, None, None]
+    for index, size in enumerate(arrays["sq_sizes"].tolist()):
+        result = squash(image, size)
+        expected = arrays[f"resized_{index}"].permute(2, 0, 1)
+        assert result.dtype == torch.uint8 and result.shape == expected.shape
+        assert (result.int() - expected.int()).abs().max() <= 1
+        assert ((normalise(result) - arrays[f"normed_{index}"]).abs() <= grey_level + 1e-6).all()
+
+
+def test_squash_is_refused_after_normalising():
+    with pytest.raises(TypeError, match="squash: image is torch.float32.*uint8"):
+        squash(normalise(noise()), 32)
+
+
+@pytest.mark.parametrize("transform", [VOC, COCO, TRANSCAM, DEEPLAB])
 @pytest.mark.parametrize("size", [(30, 40), (60, 80), (200, 49)])
 def test_train_transform_shape_and_seed(transform, size):
     image = noise(*size)
@@ -86,13 +110,13 @@ def test_flip_has_probability_one_half():
     assert 160 < flipped < 240  # four standard deviations
 
 
-@pytest.mark.parametrize("crop_mode", ["resize", "shrink"])
+@pytest.mark.parametrize(("crop_mode", "scale"), [("resize", 1), ("shrink", 1), ("long_side", 20), ("rescale", 1)])
 @pytest.mark.parametrize("probability", [0, 0.5, 1])
-def test_jitter_has_its_probability(crop_mode, probability):
+def test_jitter_has_its_probability(crop_mode, scale, probability):
     image = torch.full((3, 20, 20), 100, dtype=torch.uint8)
     image[0] = 160
     torch.manual_seed(0)
-    transform = TrainTransform(20, (1, 1), (1, 1), JITTER, probability, crop_mode)
+    transform = TrainTransform(20, (scale, scale), (1, 1), JITTER, probability, crop_mode)
     changed = sum(not torch.equal(transform(image), normalise(image)) for _ in range(60))
     assert abs(changed / 60 - probability) <= 4 * (probability * (1 - probability) / 60) ** 0.5
 
@@ -130,6 +154,84 @@ def test_shrink_places_the_image_on_a_black_canvas():
     assert {row for row, _ in corners} == set(range(7)) and {column for _, column in corners} == set(range(5))
 
 
+@pytest.mark.parametrize(("crop_mode", "scale"), [("long_side", (12, 12)), ("rescale", (1, 1))])
+def test_other_modes_place_the_image_on_the_mean_colour(crop_mode, scale):
+    image = torch.full((3, 10, 12), 255, dtype=torch.uint8)
+    white = normalise(image)[:, :1, :1]
+    torch.manual_seed(0)
+    corners = set()
+    for _ in range(100):
+        result = plain(16, scale, crop_mode=crop_mode)(image)
+        inside = (result == white).all(0)
+        assert inside.sum() == 120 and (result[:, ~inside] == 0).all()
+        rows, columns = inside.nonzero().unbind(1)
+        corners.add((rows.min().item(), columns.min().item()))
+    assert {row for row, _ in corners} == set(range(7)) and {column for _, column in corners} == set(range(5))
+
+
+def test_psa_crops_or_pads_raw_pixels():
+    """AffinityNet's loader is "shrink" without shrinking: no pixel is resampled, and what is outside is black."""
+    image = noise(40, 70)
+    torch.manual_seed(0)
+    result = denormalise(plain(56, crop_mode="shrink")(image)).round().to(torch.uint8)
+    columns = image.unfold(2, 56, 1).unbind(2)  # every column range that a crop may take
+    candidates = torch.stack([c for column in columns for c in (column, column.flip(-1))])
+    inside = (result > 0).any(0).any(1)
+    assert inside.sum() == 40
+    assert (candidates == result[:, inside]).flatten(1).all(1).any()
+    assert (result[:, ~inside] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(50, 100), (100, 50), (99, 100)])
+def test_long_side_is_a_random_whole_number_and_the_aspect_stays(size):
+    torch.manual_seed(0)
+    lengths = set()
+    image = torch.full((3, *size), 255, dtype=torch.uint8)
+    for _ in range(60):
+        inside = plain(40, (32, 36), crop_mode="long_side")(image)[0] > 0
+        sides = inside.any(1).sum().item(), inside.any(0).sum().item()
+        lengths.add(max(sides))
+        assert sides == tuple(round(side * max(sides) / max(size)) for side in size)
+    assert lengths == {32, 33, 34, 35, 36}
+
+
+def test_long_side_resizes_as_pil_does():
+    image = noise(60, 80)
+    torch.manual_seed(0)
+    result = denormalise(plain(40, (40, 40), crop_mode="long_side")(image))
+    inside = (result != denormalise(torch.zeros(3, 1, 1))).any(0).any(1)
+    pil = torch.from_numpy(np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((40, 30), Image.BICUBIC)))
+    assert_one_of_both_mirrors(result[:, inside], pil.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.25])
+def test_rescale_resizes_as_opencv_does(factor):
+    image = noise(64, 64)
+    side = int(64 * factor)
+    torch.manual_seed(0)
+    result = denormalise(plain(side, (factor, factor), crop_mode="rescale")(image))
+    opencv = cv2.resize(image.permute(1, 2, 0).numpy(), None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    assert_one_of_both_mirrors(result, torch.from_numpy(opencv).permute(2, 0, 1))
+
+
+def assert_one_of_both_mirrors(result, expected):
+    """Equal to one grey level."""
+    assert result.shape == expected.shape
+    assert min((result - mirrored).abs().max() for mirrored in (expected, expected.flip(-1))) < 1.01
+
+
+def test_rescale_takes_its_factor_from_the_range():
+    image = torch.full((3, 40, 60), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    widths, heights = [], []
+    for _ in range(100):
+        inside = plain(90, (0.5, 1.5), crop_mode="rescale")(image)[0] > 0
+        heights.append(inside.any(1).sum().item())
+        widths.append(inside.any(0).sum().item())
+    assert 30 <= min(widths) < 34 and 86 < max(widths) <= 90
+    assert all(abs(height * 1.5 - width) <= 1.5 for height, width in zip(heights, widths, strict=True))
+
+
 def test_shrink_crops_a_block_of_a_larger_image():
     torch.manual_seed(0)
     corners = set()
@@ -156,7 +258,8 @@ def test_shrink_never_enlarges():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crop_mode": "pad"}, "'pad'.*resize, shrink"),
+        ({"crop_mode": "pad"}, "'pad'.*resize, shrink, long_side, rescale"),
+        ({"crop_mode": "long_side"}, r"scale is \(0.3, 1\); crop_mode 'long_side' needs whole pixels"),
         ({"crop": 0}, "crop is 0"),
         ({"scale": (1, 0.3)}, r"scale is \(1, 0.3\)"),
         ({"ratio": (0, 1)}, r"ratio is \(0, 1\)"),
@@ -175,7 +278,16 @@ def test_bad_images():
         VOC(torch.zeros(2, 3, 60, 60, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("transform", [VOC, COCO, TrainTransform(90, (0.5, 2), (1, 1), JITTER, 0.5, "shrink")])
+@pytest.mark.parametrize(
+    "transform",
+    [
+        VOC,
+        COCO,
+        TrainTransform(90, (0.5, 2), (1, 1), JITTER, 0.5, "shrink"),
+        TrainTransform(90, (60, 120), (1, 1), JITTER, 0.5, "long_side"),
+        TrainTransform(90, (0.5, 1.5), (1, 1), JITTER, 0.5, "rescale"),
+    ],
+)
 def test_a_mask_takes_the_way_of_its_image(transform):
     """Where the image is its own mask, every pixel must agree; the image itself is the one of a call without a mask."""
     image = (coordinates(60, 80) // 16 * 16)[[0, 0, 0]]
@@ -189,14 +301,25 @@ def test_a_mask_takes_the_way_of_its_image(transform):
     plain_colours = TrainTransform(transform.crop, transform.scale, transform.ratio, JITTER, 0, transform.crop_mode)
     crop, mask = plain_colours.with_mask(image, image[0].long())
     grey, inside = denormalise(crop)[0], mask != PADDING
-    assert inside.any() and (grey[~inside] == 0).all()
-    assert ((grey - mask)[inside].abs() <= 16).float().mean() > 0.95  # bilinear edges lie between two steps
+    padding = 0 if transform.crop_mode in ("resize", "shrink") else 255 * MEAN[0]
+    assert inside.any() and ((grey[~inside] - padding).abs() < 1e-3).all()
+    assert ((grey - mask)[inside].abs() <= 16).float().mean() > 0.95  # at edges colours lie between two steps
 
 
 def test_padding_is_marked_in_the_mask():
     transform = TrainTransform(90, (0.5, 0.5), (1, 1), JITTER, 0, "shrink")
     _, mask = transform.with_mask(noise(60, 80), torch.zeros(60, 80).long())
     assert (mask == 0).sum() == 30 * 40 and (mask == PADDING).sum() == 90 * 90 - 30 * 40
+
+
+def test_several_masks_take_the_same_way():
+    labels = torch.stack([torch.arange(60 * 80).view(60, 80) % 7, torch.zeros(60, 80).long()])
+    torch.manual_seed(3)
+    image, one = DEEPLAB.with_mask(noise(), labels[0])
+    torch.manual_seed(3)
+    same, both = DEEPLAB.with_mask(noise(), labels)
+    assert torch.equal(image, same) and both.shape == (2, 48, 48)
+    assert torch.equal(both[0], one) and torch.equal(both[1] == PADDING, one == PADDING)
 
 
 def test_the_strong_view_keeps_the_place_and_changes_the_colours():

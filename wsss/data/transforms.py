@@ -11,7 +11,8 @@ from torchvision.transforms import v2
 
 MEAN = (0.485, 0.456, 0.406)  # RGB mean and standard deviation of ImageNet, for values in 0..1
 STD = (0.229, 0.224, 0.225)
-CROP_MODES = ("resize", "shrink")
+CROP_MODES = ("resize", "shrink", "long_side", "rescale")
+BICUBIC = v2.InterpolationMode.BICUBIC
 PADDING = 255  # what a mask holds beside its image
 
 
@@ -69,6 +70,25 @@ def resize_for_evaluation(image: Tensor, size: int | None) -> Tensor:
     return F.interpolate(image[None], size=(size, size), mode="bilinear", align_corners=False)[0]
 
 
+def squash(image: Tensor, size: int) -> Tensor:
+    """Squash one image to a square as the released TransCAM inference does, before it is normalised.
+
+    Bicubic and antialiased in whole grey levels, as PIL resizes (to one grey level). The aspect ratio is lost.
+
+    Args:
+        image: uint8 (3, H, W).
+        size: side of the square in pixels.
+
+    Returns:
+        uint8 (3, size, size); `normalise` makes it what the network sees.
+
+    Raises:
+        TypeError: the image is not uint8 (3, H, W).
+    """
+    _check_image(image, "squash")
+    return v2.functional.resize(image, [size, size], interpolation=BICUBIC, antialias=True)
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """Random augmentation of one training image; draws from the global generator of torch, in the calling process.
@@ -76,12 +96,18 @@ class TrainTransform:
     `crop_mode` "resize" (MoRe on VOC): random resized crop (bicubic, antialiased), flip, colour jitter, normalise.
     `crop_mode` "shrink" (MoRe on COCO): colour jitter, rescale (bilinear, antialiased), flip, random place on a black
     canvas of at least the crop size, random crop, normalise. Black is added before normalisation: the padding counts
-    as image.
+    as image. With a scale of (1, 1) nothing is rescaled: PSA's training of AffinityNet.
+    `crop_mode` "long_side" (TransCAM's classifier): resize to a random length of the longer side (bicubic,
+    antialiased), flip, colour jitter, normalise, random place on a canvas of at least the crop size, random crop. The
+    canvas is 0 after normalisation, the mean colour.
+    `crop_mode` "rescale" (TransCAM's DeepLab): colour jitter, rescale (bicubic, not antialiased, as OpenCV does it),
+    flip, normalise, then as "long_side".
 
     Attributes:
         crop: side of the square result in pixels.
-        scale: "resize": range of the cropped share of the image area; "shrink": range of the factor on both sides.
-        ratio: "resize": range of the aspect ratio (width / height) of the cropped region; not used by "shrink".
+        scale: "resize": range of the cropped share of the image area; "shrink" and "rescale": range of the factor on
+            both sides; "long_side": range of the longer side in whole pixels, both ends included.
+        ratio: "resize": range of the aspect ratio (width / height) of the cropped region; not used by the others.
         jitter: largest relative change of brightness, contrast and saturation, and shift of the hue (share of the
             colour circle, at most 0.5).
         jitter_probability: how often the colour jitter is applied. The flip has probability 0.5.
@@ -107,31 +133,38 @@ class TrainTransform:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} is ({low}, {high}); give the smaller value first, both above 0")
+        if self.crop_mode == "long_side" and any(side != int(side) for side in self.scale):
+            raise ValueError(f"scale is {self.scale}; crop_mode 'long_side' needs whole pixels, such as (320, 640)")
 
     def __call__(self, image: Tensor) -> Tensor:
         """Augment `image`, uint8 (3, H, W), to normalised float32 (3, crop, crop)."""
-        _check_image(image)
-        return normalise(self._augment(image))
+        _check_image(image, "TrainTransform")
+        return self._augment(image)
 
     def with_mask(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment `image` and, in the same geometry, its label map `mask`, int64 (H, W).
+        """Augment `image` and, in the same geometry, its label map `mask`, int64 (H, W), or several, (N, H, W).
 
         Returns:
-            The image as from a call, bit for bit, and int64 (crop, crop): nearest label, 255 where the image was padded.
+            The image as from a call, bit for bit, and int64 (crop, crop) or (N, crop, crop): nearest label, 255 where
+            the image was padded.
         """
-        _check_image(image)
+        _check_image(image, "TrainTransform")
         image, mask = self._augment(tv_tensors.Image(image), tv_tensors.Mask(mask[None]))
-        return normalise(image.as_subclass(Tensor)), mask.as_subclass(Tensor)[0]
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)[0]
 
     @cached_property
     def _augment(self) -> v2.Compose:
         jitter = v2.RandomApply([v2.ColorJitter(*self.jitter)], p=self.jitter_probability)
         flip = v2.RandomHorizontalFlip(0.5)
+        cut = [_Place(self.crop), v2.RandomCrop(self.crop)]
         if self.crop_mode == "shrink":
-            return v2.Compose([jitter, _Rescale(self.scale), flip, _Place(self.crop), v2.RandomCrop(self.crop)])
-        bicubic = v2.InterpolationMode.BICUBIC
-        crop = v2.RandomResizedCrop(self.crop, self.scale, self.ratio, interpolation=bicubic, antialias=True)
-        return v2.Compose([crop, flip, jitter])
+            return v2.Compose([jitter, _Rescale(self.scale), flip, *cut, _Normalise()])
+        if self.crop_mode == "long_side":
+            return v2.Compose([_ResizeLongSide(self.scale), flip, jitter, _Normalise(), *cut])
+        if self.crop_mode == "rescale":
+            return v2.Compose([jitter, _RescaleAsOpenCV(self.scale), flip, _Normalise(), *cut])
+        crop = v2.RandomResizedCrop(self.crop, self.scale, self.ratio, interpolation=BICUBIC, antialias=True)
+        return v2.Compose([crop, flip, jitter, _Normalise()])
 
 
 @dataclass(frozen=True)
@@ -168,8 +201,7 @@ class StrongView:
         return v2.Compose([*flip, *_COLOURS, self._blur(0.5)])
 
     def _second(self, size: torch.Size) -> v2.Compose:
-        bicubic = v2.InterpolationMode.BICUBIC
-        crop = v2.RandomResizedCrop(tuple(size), (0.4, 1.0), interpolation=bicubic, antialias=True)
+        crop = v2.RandomResizedCrop(tuple(size), (0.4, 1.0), interpolation=BICUBIC, antialias=True)
         flip, solarize = v2.RandomHorizontalFlip(0.5), v2.RandomSolarize(128, 0.2)
         return v2.Compose([crop, flip, *_COLOURS, self._blur(0.1), solarize])
 
@@ -181,14 +213,25 @@ class StrongView:
 _COLOURS = (v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v2.RandomGrayscale(0.2))
 
 
-def _check_image(image: Tensor) -> None:
+def _check_image(image: Tensor, caller: str) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3:
         shape = tuple(image.shape)
-        raise TypeError(f"TrainTransform: image is {image.dtype} {shape}; pass one uint8 image (3, H, W)")
+        raise TypeError(f"{caller}: image is {image.dtype} {shape}; pass one uint8 image (3, H, W)")
+
+
+class _Normalise(v2.Transform):
+    """`normalise` of the image; masks stay as they are."""
+
+    def transform(self, inpt: Tensor, params: dict) -> Tensor:
+        if isinstance(inpt, tv_tensors.Mask):
+            return inpt
+        return tv_tensors.wrap(normalise(inpt.as_subclass(Tensor)), like=inpt)
 
 
 class _Rescale(v2.Transform):
-    """Resize both sides by one random factor."""
+    """Resize both sides by one random factor; a mask to its nearest labels."""
+
+    interpolation = v2.InterpolationMode.BILINEAR
 
     def __init__(self, scale: tuple[float, float]):
         super().__init__()
@@ -199,12 +242,34 @@ class _Rescale(v2.Transform):
         return {"size": [max(1, int(factor * side)) for side in flat_inputs[0].shape[-2:]]}
 
     def transform(self, inpt: Tensor, params: dict) -> Tensor:
-        bilinear = v2.InterpolationMode.BILINEAR
-        return self._call_kernel(v2.functional.resize, inpt, params["size"], interpolation=bilinear, antialias=True)
+        settings = {"interpolation": self.interpolation, "antialias": True}
+        return self._call_kernel(v2.functional.resize, inpt, params["size"], **settings)
+
+
+class _RescaleAsOpenCV(_Rescale):
+    """Bicubic without antialiasing. In floating point: the kernel for whole grey levels takes another cubic."""
+
+    def transform(self, inpt: Tensor, params: dict) -> Tensor:
+        if isinstance(inpt, tv_tensors.Mask):
+            return super().transform(inpt, params)
+        exact = v2.functional.resize(inpt.float(), params["size"], interpolation=BICUBIC, antialias=False)
+        return tv_tensors.wrap(exact.round().clamp(0, 255).to(torch.uint8), like=inpt)
+
+
+class _ResizeLongSide(_Rescale):
+    """Resize to a random length of the longer side, in whole pixels; the aspect ratio stays."""
+
+    interpolation = BICUBIC
+
+    def make_params(self, flat_inputs: list) -> dict:
+        low, high = map(int, self.scale)
+        length = int(torch.randint(low, high + 1, ()))
+        sides = flat_inputs[0].shape[-2:]
+        return {"size": [max(1, round(side * length / max(sides))) for side in sides]}
 
 
 class _Place(v2.Transform):
-    """Lay an image at a random place on a black canvas of at least `side`; a mask is padded with `PADDING`."""
+    """Lay an image at a random place on a canvas of zeros of at least `side`; a mask is padded with `PADDING`."""
 
     def __init__(self, side: int):
         super().__init__()

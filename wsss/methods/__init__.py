@@ -2,13 +2,25 @@
 
 from torch import nn
 
+from wsss.methods.affinity import AffinityNet
 from wsss.methods.apc import APC
 from wsss.methods.cam import Cam
+from wsss.methods.deeplab import DeepLab
 from wsss.methods.more import MoRe
 from wsss.methods.seco import SeCo
 from wsss.methods.supervised import Supervised
+from wsss.methods.transcam import TransCAM
 
-METHODS = {"cam": Cam, "more": MoRe, "seco": SeCo, "apc": APC, "supervised": Supervised}
+METHODS = {
+    "cam": Cam,
+    "more": MoRe,
+    "seco": SeCo,
+    "apc": APC,
+    "transcam": TransCAM,
+    "affinity": AffinityNet,
+    "deeplab": DeepLab,
+    "supervised": Supervised,
+}
 
 
 def find(name: str) -> type[nn.Module]:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.data import Sample
 from wsss.maps import resize
-from wsss.methods.common import check_choice, full_precision
+from wsss.methods.common import Method, check_choice, full_precision
 from wsss.representations import describe_patches, describe_sizes
 
 POOLINGS = ("adaptive", "average", "max", "topk")
@@ -316,7 +316,7 @@ class APCConfig:
             raise ValueError(f"APC: trainable_blocks = {self.trainable_blocks} is negative; 0 trains no block")
 
 
-class APC(nn.Module):
+class APC(Method):
     """The whole method: patch scores instead of class activation maps, one stage.
 
     Args:
@@ -327,11 +327,10 @@ class APC(nn.Module):
 
     Config = APCConfig
     variants = ("published",)
-    batch_fields = ()
-    views = None
     map_names = ("patch",)
     crf_maps = ("patch",)
-    probability_maps = ("patch",)  # with a background channel
+    probability_maps = ("patch",)
+    mask_map = "patch"
 
     def __init__(self, config: APCConfig, num_classes: int, backbone: MultiTokenViT):
         super().__init__()
@@ -352,11 +351,6 @@ class APC(nn.Module):
             backbone.requires_grad_(False)
             for part in (*backbone.blocks[backbone.depth - config.trainable_blocks :], backbone.norm):
                 part.requires_grad_(config.trainable_blocks > 0)
-
-    @staticmethod
-    def class_tokens(num_classes: int) -> int:
-        """How many class tokens the backbone needs for C classes."""
-        return 1
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weighted terms of eq. 7, by name.

@@ -17,7 +17,7 @@ from wsss.backbones.vit import MultiTokenViT, Tokens
 from wsss.data.transforms import denormalise
 from wsss.losses import dense_energy_loss, ptc_loss, segmentation_loss
 from wsss.maps import UNCERTAIN, minmax, multi_scale, resize, three_way
-from wsss.methods.common import VARIANTS, check_choice, full_precision
+from wsss.methods.common import Method, check_choice, full_precision
 from wsss.methods.decoder import build_decoder
 from wsss.refine import PAR, refine_with_background
 
@@ -75,7 +75,7 @@ class CamConfig:
         check_choice("cam_activation", self.cam_activation, ("relu", "minmax"))
 
 
-class Cam(nn.Module):
+class Cam(Method):
     """The baseline.
 
     Args:
@@ -84,22 +84,14 @@ class Cam(nn.Module):
         backbone: vision transformer; its class tokens are not used here.
 
     Attributes:
-        variants: the recipes that there are: by the paper's text, and by its public code.
-        batch_fields: what a training batch must hold besides image and label: "mask" (B, H, W), the true label map, for
-            networks that learn from masks, or "valid" (B, H, W), False where an image was padded.
-        views: makes further views of a training image, (uint8 image, its normalised crop) -> {name: tensor}; or None.
-        map_names: the maps that can be scored.
-        crf_maps: those of them that are also scored after a CRF, and with the labels that the network predicts.
         seed_maps: the maps that supervise.
         label_map: the one among them that becomes the decoder's pseudo label.
     """
 
     Config = CamConfig
-    variants = VARIANTS
-    batch_fields = ()
-    views = None
     map_names = ("cam", "cam_aux")
     crf_maps = ("cam",)
+    mask_map = "cam"
     seed_maps = ("cam", "cam_aux")
     label_map = "cam"
     strict = False  # where a score exactly at a threshold belongs, see `maps.three_way`
@@ -117,11 +109,6 @@ class Cam(nn.Module):
                 backbone.embed_dim, num_classes + 1, config.decoder_width, config.decoder_dilation
             )
         self.par = PAR(config.par_dilations, config.par_iterations)
-
-    @staticmethod
-    def class_tokens(num_classes: int) -> int:
-        """How many class tokens the backbone needs for C classes."""
-        return 1
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weighted terms that are on at `step`, by name.

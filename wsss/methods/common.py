@@ -1,9 +1,70 @@
-"""What every method needs: checks of its settings, and full precision where half of it would spoil a loss."""
+"""What methods have in common: their interface, checks of their settings, and full precision where half would spoil a loss."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from wsss.data import Sample
 
 VARIANTS = ("published", "released")
+
+
+class Method(nn.Module):
+    """What training, evaluation and later stages ask of a method: three faces, and a few facts about them.
+
+    It is built from (config, number of foreground classes C, backbone), and has them as `config`, `num_classes`, `backbone`.
+
+    Attributes:
+        Config: dataclass of its hyper-parameters.
+        variants: the recipes that there are: by the paper's text, and by its public code.
+        batch_fields: what a training batch must hold besides image and label: "mask" (B, H, W), the label map, for networks
+            that learn from masks, or "valid" (B, H, W), False where an image was padded.
+        views: makes further views of a training image, (uint8 image, its normalised crop) -> {name: tensor}; or None.
+        map_names: the maps that can be scored.
+        crf_maps: those of them that are also scored after a CRF, and with the labels that the network predicts.
+        probability_maps: those of them that have a background channel.
+        mask_map: the one that becomes the pseudo masks of a second network; "" where there are no maps.
+        stage: "" for what learns from image labels (or true masks); "affinity" and "retrained" for later stages, which learn
+            from what a run before them leaves (see `wsss.stages`).
+        segments: the protocol under which its decoder is scored, "decoder" or "retrained"; "" without a decoder.
+    """
+
+    Config: type
+    variants = VARIANTS
+    batch_fields: tuple[str, ...] = ()
+    views = None
+    map_names: tuple[str, ...] = ()
+    crf_maps: tuple[str, ...] = ()
+    probability_maps: tuple[str, ...] = ()
+    mask_map = ""
+    stage = ""
+    segments = "decoder"
+
+    @staticmethod
+    def class_tokens(num_classes: int) -> int:
+        """How many class tokens the backbone needs for C classes."""
+        return 1
+
+    def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The weighted terms that are on at `step`, by name.
+
+        Args:
+            batch: "image" (B, 3, H, W), normalised; "label" (B, C) of 0/1; the `batch_fields`.
+            step: optimiser steps so far.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no losses")
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Raw maps (B, C, h, w) of images (B, 3, H, W) by name, and "class_logits" (B, C, 1, 1); {} without maps."""
+        return {}
+
+    def segment(self, images: Tensor) -> Tensor | None:
+        """Decoder logits (B, C + 1, h, w) of images (B, 3, H, W); None without a decoder."""
+        return None
+
+    def describe(self, dataset: Dataset[Sample], images: int) -> dict:
+        """What a record keeps of the trained network besides its scores, from the first `images` of a dataset."""
+        return {}
 
 
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> str:

@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from wsss.backbones.vit import MultiTokenViT, Tokens
+from wsss.data import Sample
 from wsss.maps import UNCERTAIN, token_similarity
 from wsss.methods.cam import Cam, CamConfig
 from wsss.methods.common import check_variant, full_precision
+from wsss.representations import describe_tokens
 
 
 @dataclass(frozen=True)
@@ -434,6 +437,7 @@ class MoRe(Cam):
     Config = MoReConfig
     map_names = ("cam", "cam_aux", "lam", "fused")  # fused is cam times lam, which the evaluation multiplies
     crf_maps = ("cam", "lam")
+    mask_map = "lam"
 
     def __init__(self, config: MoReConfig, num_classes: int, backbone: MultiTokenViT):
         super().__init__(config, num_classes, backbone)
@@ -467,6 +471,10 @@ class MoRe(Cam):
         """Q (B, C, D) and P (B, L, D) of images (B, 3, H, W)."""
         tokens = self.encode(images)
         return tokens.classes, tokens.patches
+
+    def describe(self, dataset: Dataset[Sample], images: int) -> dict:
+        """See `describe_tokens`."""
+        return describe_tokens(self, dataset, images, next(self.parameters()).device)
 
     def token_maps(self, tokens: Tokens) -> dict[str, Tensor]:
         """The raw maps "cam", "cam_aux" and "lam", (B, C, h, w)."""

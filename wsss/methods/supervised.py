@@ -5,12 +5,12 @@ It is the upper bound that papers divide their score by (SeCo table 5), not a me
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from wsss.backbones.vit import MultiTokenViT
-from wsss.data.transforms import PADDING
+from wsss.losses import pixel_cross_entropy
 from wsss.maps import resize
+from wsss.methods.common import Method
 from wsss.methods.decoder import build_decoder
 
 
@@ -22,7 +22,7 @@ class SupervisedConfig:
     decoder_dilation: int
 
 
-class Supervised(nn.Module):
+class Supervised(Method):
     """A decoder on patch tokens with pixel-wise cross entropy.
 
     Args:
@@ -34,9 +34,6 @@ class Supervised(nn.Module):
     Config = SupervisedConfig
     variants = ("published",)
     batch_fields = ("mask",)
-    views = None
-    map_names = ()
-    crf_maps = ()
 
     def __init__(self, config: SupervisedConfig, num_classes: int, backbone: MultiTokenViT):
         super().__init__()
@@ -45,24 +42,13 @@ class Supervised(nn.Module):
             backbone.embed_dim, num_classes + 1, config.decoder_width, config.decoder_dilation
         )
 
-    @staticmethod
-    def class_tokens(num_classes: int) -> int:
-        """How many class tokens the backbone needs for C classes."""
-        return 1
-
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Cross entropy "seg" of "image" (B, 3, H, W) against "mask" int64 (B, H, W), in which 255 does not count.
 
         A batch without any labelled pixel gives 0.
         """
         mask = batch["mask"]
-        logits = resize(self.segment(batch["image"]), mask.shape[-2:])
-        total = F.cross_entropy(logits.float(), mask, ignore_index=PADDING, reduction="sum")
-        return {"seg": total / (mask != PADDING).sum().clamp(min=1)}
-
-    def maps(self, images: Tensor) -> dict[str, Tensor]:
-        """No maps: nothing here is learned from image-level labels."""
-        return {}
+        return {"seg": pixel_cross_entropy(resize(self.segment(batch["image"]), mask.shape[-2:]), mask)}
 
     def segment(self, images: Tensor) -> Tensor:
         """Decoder logits (B, C + 1, h, w) of images (B, 3, H, W)."""
