@@ -539,7 +539,7 @@ def score(experiment, method, data_root, device, progress, runs=None) -> tuple[d
         found = score_masks(chain, dataset, config.train_images or None, _crf_workers(experiment))
         metrics |= {f"train/{key}": _plain(scores) for key, scores in found.items()}
     if curves:
-        rounded = lambda sweep: [round(value, 4) for value in sweep.curve()[1].tolist()]
+        rounded = lambda sweep: [round(value, 4) for value in sweep.curve()[0].tolist()]
         told["curves"] = {split: {name: rounded(s) for name, s in found.items()} for split, found in curves.items()}
     if source == "embedded":
         told |= method.describe(cached_dataset(source, "train", data_root), 200)
