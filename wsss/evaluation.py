@@ -10,9 +10,9 @@ Maps that a method names in `probability_maps` have a background channel and are
 the probabilities (`maps.merge_labels`), and the arg max over background and classes decides.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -35,11 +35,12 @@ from wsss.maps import (
 )
 from wsss.methods.common import Method, check_choice
 from wsss.metrics import ConfusionMatrix, Scores, ThresholdSweep
-from wsss.refine import dense_crf
+from wsss.refine import CRFJob, crf_labels
 
 PROTOCOLS = ("decoder", "maps-given-labels", "maps-predicted-labels", "retrained")
 DECODER = "decoder"  # what a request names instead of a map
 BATCH = 32
+WAITING = 4 * BATCH
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class EvalConfig:
 
     @property
     def crf(self) -> dict[str, object]:
-        """Arguments of `dense_crf`."""
+        """Arguments of `refine.dense_crf`."""
         return {"iterations": self.crf_iterations, "gaussian": self.crf_gaussian, "bilateral": self.crf_bilateral}
 
     def threshold(self, name: str) -> float:
@@ -139,12 +140,14 @@ def evaluate(
     labels_on_held_out: bool = False,
     progress: bool = True,
     sweeps: Mapping[str, ThresholdSweep] | None = None,
+    crf_workers: int | None = 1,
 ) -> dict[str, Scores]:
     """Score `method` on (the first `images` images of) a split under several protocols, sharing the forward passes.
 
     Args:
         labels_on_held_out: allow `maps-given-labels` on a split that is not a training split.
         sweeps: name of a map -> what gathers its mIoU over all thresholds, with the image labels given.
+        crf_workers: processes of the CRF, which run beside the network; None takes all cores.
 
     Returns:
         `Request.key` -> `Scores`. Pixels marked 255 in the truth are left out.
@@ -161,16 +164,25 @@ def evaluate(
     names = {request.map for request in requests} | set(sweeps)
     total = len(dataset) if images is None else min(images, len(dataset))
     bar = tqdm(total=total, desc=f"evaluating {dataset.split}", unit="image", disable=not progress, leave=False)
-    for samples in batches_of_one_size(dataset, total):
-        scores = all_scores(method, samples, names, config, device)
-        for request in requests:
-            predictions = predict_masks(request, scores, samples, config)
-            for prediction, sample in zip(predictions, samples):
-                matrices[request.key].update(prediction, sample.mask)
-        for name, sweep in sweeps.items():
-            labels, truth = torch.stack([s.label for s in samples]), torch.stack([s.mask for s in samples])
-            sweep.update(resize(scores[name].float().cpu(), tuple(truth.shape[1:])), labels, truth)
-        bar.update(len(samples))
+
+    def crf_jobs() -> Iterator[tuple[tuple[str, Sample], CRFJob]]:
+        """Do all that needs no CRF, and hand on what needs one."""
+        for samples in batches_of_one_size(dataset, range(total)):
+            scores = all_scores(method, samples, names, config, device)
+            for request in requests:
+                if request.crf:
+                    jobs = crf_inputs(request, scores, samples)
+                    yield from (((request.key, sample), job) for sample, job in zip(samples, jobs))
+                    continue
+                for prediction, sample in zip(predict_masks(request, scores, samples, config), samples):
+                    matrices[request.key].update(prediction, sample.mask)
+            for name, sweep in sweeps.items():
+                labels, truth = torch.stack([s.label for s in samples]), torch.stack([s.mask for s in samples])
+                sweep.update(resize(scores[name].float().cpu(), tuple(truth.shape[1:])), labels, truth)
+            bar.update(len(samples))
+
+    for (key, sample), prediction in stream_crf(crf_jobs(), config.crf, workers=crf_workers):
+        matrices[key].update(prediction, sample.mask)
     bar.close()
     return {key: matrix.scores() for key, matrix in matrices.items()}
 
@@ -197,12 +209,21 @@ def _check_thresholds(method: Method, requests: list[Request]) -> None:
             )
 
 
-def batches_of_one_size(dataset: Dataset[Sample], total: int, first: int = 0) -> Iterator[list[Sample]]:
-    """Runs of consecutive images `first` .. `total` - 1 that fit into one batch: of one size, at most `BATCH` of them."""
-    samples = (dataset[index] for index in range(first, total))
-    for _, run in groupby(samples, key=lambda s: s.image.shape):
-        while batch := list(islice(run, BATCH)):
-            yield batch
+def batches_of_one_size(dataset: Dataset[Sample], indices: Iterable[int]) -> Iterator[list[Sample]]:
+    """The images `indices`, each once, in batches of one size: as many as `BATCH`, or fewer of a size that is rare.
+
+    At most `WAITING` images wait for others of their size, so the order is only roughly kept where sizes differ.
+    """
+    waiting: dict[tuple[int, ...], list[Sample]] = {}
+    for index in indices:
+        sample = dataset[index]
+        batch = waiting.setdefault(tuple(sample.image.shape), [])
+        batch.append(sample)
+        if len(batch) == BATCH:
+            yield waiting.pop(tuple(sample.image.shape))
+        elif sum(map(len, waiting.values())) == WAITING:
+            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+    yield from waiting.values()
 
 
 def all_scores(
@@ -266,34 +287,63 @@ def all_scores(
 def predict_masks(
     request: Request, scores: Mapping[str, Tensor], samples: Sequence[Sample], config: EvalConfig
 ) -> list[Tensor]:
-    """Label maps int64 (H, W) of images at their own size, from what `all_scores` gave for them."""
-    maps = scores[request.map].float()
-    if request.protocol == "maps-given-labels":
-        labels = torch.stack([sample.label for sample in samples]).to(maps.device)
-    else:
-        labels = scores.get("labels")
-    probable = request.map != DECODER and maps.shape[1] == labels.shape[1] + 1  # with a background channel
-    if probable:
-        maps = merge_labels(maps, labels)
+    """Label maps int64 (H, W) of images at their own size, without a CRF, from what `all_scores` gave for them."""
+    maps, labels, probable = _maps_and_labels(request, scores, samples)
     threshold = request.threshold
     if threshold is None and request.map != DECODER and not probable:
         threshold = config.threshold(request.map)
     predictions = []
     for index, sample in enumerate(samples):
         own = resize(maps[index : index + 1], tuple(sample.image.shape[1:]))
+        arg_max = request.map == DECODER or probable
+        predictions.append((own[0].argmax(0) if arg_max else predict(own, labels[index : index + 1], threshold)[0]).cpu())
+    return predictions
+
+
+def crf_inputs(request: Request, scores: Mapping[str, Tensor], samples: Sequence[Sample]) -> list[CRFJob]:
+    """What the CRF of a request is given. It sees only the classes that may appear: it is faster, and absent ones are no
+    rivals.
+    """
+    maps, labels, probable = _maps_and_labels(request, scores, samples)
+    jobs = []
+    for index, sample in enumerate(samples):
+        own = resize(maps[index : index + 1], tuple(sample.image.shape[1:]))
         if request.map == DECODER:
-            classes = torch.arange(own.shape[1])
-            probabilities, plain = own[0].softmax(0), own[0].argmax(0)
+            classes, probabilities = torch.arange(own.shape[1]), own[0].softmax(0)
         else:
-            # The CRF sees only the classes that may appear: it is faster, and absent ones are no rivals.
             kept = labels[index].nonzero()[:, 0]
             classes = torch.cat([kept.new_zeros(1), kept + 1])
             if probable:
-                probabilities, plain = own[0, classes], own[0].argmax(0)
+                probabilities = own[0, classes]
             else:
                 probabilities = add_background(own[0, kept]) if len(kept) else own.new_ones(1, *own.shape[-2:])
-                plain = predict(own, labels[index : index + 1], threshold)[0]
-        if request.crf:
-            plain = classes.cpu()[dense_crf(sample.image.permute(1, 2, 0), probabilities, **config.crf).argmax(0)]
-        predictions.append(plain.cpu())
-    return predictions
+        jobs.append(CRFJob(sample.name, sample.image.permute(1, 2, 0), probabilities.cpu(), classes.cpu()))
+    return jobs
+
+
+def _maps_and_labels(
+    request: Request, scores: Mapping[str, Tensor], samples: Sequence[Sample]
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The scores that a request reads, the image labels that it may use, and whether its map has a background channel."""
+    maps = scores[request.map].float()
+    if request.protocol == "maps-given-labels":
+        labels = torch.stack([sample.label for sample in samples]).to(maps.device)
+    else:
+        labels = scores.get("labels")
+    probable = request.map != DECODER and maps.shape[1] == labels.shape[1] + 1
+    return merge_labels(maps, labels) if probable else maps, labels, probable
+
+
+def stream_crf(
+    jobs: Iterable[tuple[object, CRFJob]], settings: Mapping, num_labels: int | None = None, workers: int | None = 1
+) -> Iterator[tuple[object, Tensor]]:
+    """`crf_labels` of jobs that carry a tag: (tag, label map) in their order, while `jobs` is being read."""
+    tags = deque()
+
+    def untagged() -> Iterator[CRFJob]:
+        for tag, job in jobs:
+            tags.append(tag)
+            yield job
+
+    for label in crf_labels(untagged(), settings, num_labels, workers, progress=False):
+        yield tags.popleft(), label

@@ -521,22 +521,22 @@ def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Reque
 def score(experiment, method, data_root, device, progress, runs=None) -> tuple[dict[str, dict], dict]:
     """Metrics of a trained method by "<split>/<protocol>/<map>", and what else its record keeps of it."""
     source, config, metrics = RECIPE_DATASETS[experiment.dataset], experiment.config(EvalConfig), {}
-    told, curves = {}, {}
+    told, curves, workers = {}, {}, _crf_workers(experiment)
     if config.threshold_split:
         curves[config.threshold_split] = sweeps = _sweeps(method)
         dataset = cached_dataset(source, config.threshold_split, data_root)
-        evaluate(method, dataset, [], config, device, None, True, progress, sweeps)
+        evaluate(method, dataset, [], config, device, None, True, progress, sweeps, workers)
         told["thresholds"] = {name: sweep.best()[0] for name, sweep in sweeps.items()}
         config = _with_thresholds(config, told["thresholds"])
     for split, images, requests in score_plan(experiment):
         dataset = cached_dataset(source, split, data_root)
         sweeps = curves.setdefault(split, _sweeps(method)) if curves and split == "train" else {}
-        found = evaluate(method, dataset, requests, config, device, images, False, progress, sweeps)
+        found = evaluate(method, dataset, requests, config, device, images, False, progress, sweeps, workers)
         metrics |= {f"{split}/{key}": _plain(scores) for key, scores in found.items()}
     if method.stage == "affinity":
         chain = [Trained(method, config), *(load_trained(e, runs) for e in experiment.chain())]
         dataset = cached_dataset(source, "train", data_root)
-        found = score_masks(chain, dataset, config.train_images or None, _crf_workers(experiment))
+        found = score_masks(chain, dataset, config.train_images or None, workers)
         metrics |= {f"train/{key}": _plain(scores) for key, scores in found.items()}
     if curves:
         rounded = lambda sweep: [round(value, 4) for value in sweep.curve()[0].tolist()]

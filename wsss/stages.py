@@ -5,7 +5,6 @@ can also learn from the maps of any single-stage method. Label maps lie as one s
 the run that learns from them; nothing else is written.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +19,21 @@ from tqdm import tqdm
 from wsss.affinity import merge_crf_labels, pad_to_stride, pair_affinity, pool_for_walk, random_walk
 from wsss.data import DataError, Sample
 from wsss.data.transforms import normalise
-from wsss.evaluation import EvalConfig, Request, all_scores, batches_of_one_size, predict_masks
+from wsss.evaluation import (
+    EvalConfig,
+    Request,
+    all_scores,
+    batches_of_one_size,
+    crf_inputs,
+    predict_masks,
+    stream_crf,
+)
 from wsss.files import write_atomic
 from wsss.maps import predict, resize
 from wsss.methods.affinity import AffinityNet
 from wsss.methods.common import Method
 from wsss.metrics import ConfusionMatrix, Scores
-from wsss.refine import CRFJob, crf_labels
+from wsss.refine import CRFJob
 
 
 @dataclass
@@ -99,9 +106,14 @@ def pseudo_masks(
         yield from _smoothed(last, walked, workers) if crf else walked
         return
     request = Request("maps-given-labels", last.method.mask_map, crf)
-    for samples in batches:
-        scores = all_scores(last.method.eval(), samples, {request.map}, last.config, last.device)
-        yield from zip(samples, predict_masks(request, scores, samples, last.config))
+    scored = ((s, all_scores(last.method.eval(), s, {request.map}, last.config, last.device)) for s in batches)
+    if crf:
+        jobs = (pair for samples, scores in scored for pair in zip(samples, crf_inputs(request, scores, samples)))
+        yield from stream_crf(jobs, last.config.crf, workers=workers)
+    else:
+        yield from (
+            pair for samples, scores in scored for pair in zip(samples, predict_masks(request, scores, samples, last.config))
+        )
 
 
 def given_maps(seeds: Trained, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
@@ -118,15 +130,8 @@ def given_maps(seeds: Trained, samples: Sequence[Sample]) -> tuple[Tensor, Tenso
 
 def _smoothed(stage: Trained, labelled: Labelled, workers: int | None) -> Labelled:
     """Label maps after the CRF on labels, streamed."""
-    waiting, classes = deque(), stage.method.num_classes + 1
-
-    def jobs() -> Iterator[CRFJob]:
-        for sample, mask in labelled:
-            waiting.append(sample)
-            yield CRFJob(sample.name, sample.image.permute(1, 2, 0), mask)
-
-    for label in crf_labels(jobs(), stage.config.crf, classes, workers, progress=False):
-        yield waiting.popleft(), label
+    jobs = ((sample, CRFJob(sample.name, sample.image.permute(1, 2, 0), mask)) for sample, mask in labelled)
+    return stream_crf(jobs, stage.config.crf, stage.method.num_classes + 1, workers)
 
 
 def _in_pairs(values: Iterator) -> Iterator[tuple]:
@@ -175,9 +180,9 @@ def relabel(
     """
     total = min(images or len(dataset), len(dataset))
     relabelled = Relabelled(dataset, folder, total)
-    first = next((index for index in range(total) if not relabelled.path(index).exists()), total)
-    labelled = make(batches_of_one_size(dataset, total, first))
-    bar = tqdm(labelled, "label maps", total, initial=first, unit="image", disable=not progress, leave=False)
+    missing = [index for index in range(total) if not relabelled.path(index).exists()]
+    labelled = make(batches_of_one_size(dataset, missing))
+    bar = tqdm(labelled, "label maps", len(missing), unit="image", disable=not progress, leave=False)
     for sample, mask in bar:
         _, png = cv2.imencode(".png", mask.numpy().astype(np.uint8))
         write_atomic(folder / f"{sample.name}.png", png.tobytes())
@@ -192,7 +197,7 @@ def score_masks(
     matrices = {name: ConfusionMatrix(len(dataset.classes) + 1) for name in ("walk", "walk+crf")}
 
     def walked() -> Labelled:
-        for sample, mask in pseudo_masks(chain, batches_of_one_size(dataset, total), crf=False):
+        for sample, mask in pseudo_masks(chain, batches_of_one_size(dataset, range(total)), crf=False):
             matrices["walk"].update(mask, sample.mask)
             yield sample, mask
 
