@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 
@@ -24,27 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("data", help="look after the datasets")
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    check = actions.add_parser("check", help="say what is there and what is wrong; exit code 1 when something is")
-    check.add_argument("dataset", choices=["voc2012"])
-    check.add_argument("--root", metavar="PATH", help="folder that holds VOCdevkit/VOC2012 (default: data/voc2012)")
-    check.set_defaults(run=_data_check)
+    from wsss.data.commands import add_arguments
 
-
-def _data_check(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from wsss.data import DataError
-    from wsss.data.voc import DEFAULT_ROOT, check
-
-    try:
-        report = check(arguments.root or DEFAULT_ROOT, progress=partial(tqdm, desc="reading", unit=" images"))
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(report)
-    return 1 if report.problems else 0
+    add_arguments(commands.add_parser("data", help="look after the datasets"))
 
 
 def _add_reproduce(commands: argparse._SubParsersAction) -> None:
@@ -56,7 +37,8 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("pretrain", help="pretrain the tiny backbone of the embedded benchmark (half an hour)")
+    parser = commands.add_parser("pretrain", help="pretrain a tiny backbone of the embedded benchmark (half an hour)")
+    parser.add_argument("--backbone", default="vit_tiny_scenes", help="or conformer_tiny_scenes, resnet38_tiny_scenes")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -66,8 +48,13 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    from wsss.backbones.pretrain import pretrain
-    from wsss.backbones.vit import TINY_WEIGHTS
+    from wsss.backbones.pretrain import CLASSIFIERS, pretrain
 
-    pretrain(arguments.epochs, arguments.batch_size, arguments.lr, arguments.seed, arguments.out or TINY_WEIGHTS)
+    if arguments.backbone not in CLASSIFIERS:
+        known = ", ".join(CLASSIFIERS)
+        print(f"wsss pretrain: --backbone {arguments.backbone} is not one of {known}", file=sys.stderr)
+        return 2
+    pretrain(
+        arguments.backbone, arguments.epochs, arguments.batch_size, arguments.lr, arguments.seed, arguments.out
+    )
     return 0

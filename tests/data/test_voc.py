@@ -378,6 +378,14 @@ def test_check_tells_everything_that_is_wrong(voc, root):
         assert word in text
 
 
+def test_check_tells_annotations_of_unknown_images_at_once(voc, root):
+    for name in ("x1", "x2"):
+        (voc / "Annotations" / f"{name}.xml").write_text((voc / "Annotations" / "a1.xml").read_text())
+    report = check(root)
+    assert kinds(report) == ["surplus"]
+    assert "x1.xml: an annotation of an image that is not in JPEGImages (one of 2)" in str(report)
+
+
 def test_check_tells_which_lists_are_missing(voc, root):
     (voc / "ImageSets" / "Segmentation" / "val.txt").unlink()
     report = check(root)

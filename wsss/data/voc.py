@@ -1,27 +1,33 @@
 """PASCAL VOC 2012 from its devkit, with the additional SBD masks (SegmentationClassAug), and a check of the files."""
 
-import csv
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from wsss.data import DATASETS, DataError, Sample
+from wsss.data import DataError
 from wsss.data.classes import VOC_CLASSES
+from wsss.data.reading import (
+    LABEL_TABLE,
+    VOID,
+    ImageFiles,
+    Pair,
+    errors_of,
+    multi_hot,
+    read_label_rows,
+    read_mask,
+    read_pair,
+    subset_name,
+)
+from wsss.data.report import Report, SplitReport
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "data" / "voc2012"
 OFFICIAL = {"train": 1464, "train_aug": 10582, "val": 1449, "test": 1456}
-VOID = 255
 
 LISTS = Path("ImageSets", "Segmentation")
-LABEL_TABLE = "image_labels.csv"
 SUFFIXES = {"JPEGImages": ".jpg", "SegmentationClass": ".png", "SegmentationClassAug": ".png", "Annotations": ".xml"}
 # The additional masks cover more images and serve training; val is scored on the masks of the challenge itself.
 MASK_FOLDERS = {
@@ -78,10 +84,7 @@ class Devkit:
             official = len(self.ids("val")) == OFFICIAL["val"]
         except DataError:
             official = False
-        if official:
-            return "voc2012"
-        name = self.data_root.name
-        return f"{name}-subset" if name.lower() in (*DATASETS, "") else name
+        return "voc2012" if official else subset_name(self.data_root.name)
 
     def list_file(self, split: str) -> Path:
         """The file with the image ids of `split`."""
@@ -113,7 +116,7 @@ class Devkit:
             raise DataError(f"{file}: image id {twice} is listed twice. Remove one of the lines.", "list")
         return ids
 
-    def paths(self, name: str, split: str) -> tuple[Path, Path | None]:
+    def paths(self, name: str, split: str) -> Pair:
         """Files of the image and of the mask (None for test) of image `name`.
 
         Raises:
@@ -128,7 +131,7 @@ class Devkit:
             )
         folders = MASK_FOLDERS[split]
         if not folders:
-            return image, None
+            return Pair(image, None)
         folder = next((folder for folder in folders if name in self.files[folder]), None)
         if folder is None:
             raise DataError(
@@ -136,80 +139,7 @@ class Devkit:
                 "mask. Unpack the archive of the masks again, or take the id out of the list.",
                 "missing",
             )
-        return image, self.path / folder / f"{name}.png"
-
-
-def _decode(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files that are cut off or damaged
-        raise DataError(f"{file}: cannot be decoded ({error}). Unpack this file again from its archive.") from error
-    return image
-
-
-def read_image(file: Path) -> Tensor:
-    """Read a photograph as uint8 (3, H, W), RGB.
-
-    Raises:
-        DataError: the file is damaged or cut off.
-    """
-    # Reordered by numpy: for small arrays torch would spend more time on waking its threads than on the copy.
-    return torch.from_numpy(np.asarray(_decode(file).convert("RGB")).transpose(2, 0, 1).copy())
-
-
-def read_mask(file: Path) -> Tensor:
-    """Read the indices of a palette (or plain grey) mask as int64 (H, W): 0 background, 1..20 class, 255 void.
-
-    Raises:
-        DataError: the file is damaged, has colours instead of indices, or holds another value.
-    """
-    image = _decode(file)
-    if image.mode not in ("P", "L"):
-        raise DataError(
-            f"{file}: the mask has mode {image.mode}, not indices. Save it as a palette or 8-bit grey PNG of class "
-            "indices (the masks of the devkit are palette PNGs).",
-            "values",
-        )
-    mask = np.asarray(image)
-    wrong = np.unique(mask[(mask > len(VOC_CLASSES)) & (mask != VOID)])
-    if wrong.size:
-        raise DataError(
-            f"{file}: mask value {', '.join(map(str, wrong[:5]))} is neither a class (0..{len(VOC_CLASSES)}) nor void "
-            f"({VOID}). Copy the original mask again.",
-            "values",
-        )
-    return torch.from_numpy(mask.astype(np.int64))
-
-
-def read_pair(image_file: Path, mask_file: Path | None) -> tuple[Tensor, Tensor | None]:
-    """Read a photograph and its mask (None where there is none); see `read_image` and `read_mask`.
-
-    Raises:
-        DataError: a file is damaged or holds wrong values, or the two differ in size.
-    """
-    image = read_image(image_file)
-    if mask_file is None:
-        return image, None
-    mask = read_mask(mask_file)
-    if mask.shape != image.shape[1:]:
-        (h, w), (height, width) = mask.shape, image.shape[1:]
-        raise DataError(
-            f"{mask_file}: the mask is {w}x{h} pixels, its image {image_file.name} {width}x{height}. Copy both again "
-            "from the devkit, or resize both alike.",
-            "size",
-        )
-    return image, mask
-
-
-def _multi_hot(classes: Iterable[str], where: str) -> Tensor:
-    """float32 (20,) with 1 for each of `classes`; `where` opens the error message for an unknown name."""
-    label = torch.zeros(len(VOC_CLASSES))
-    for name in classes:
-        if name not in VOC_CLASSES:
-            raise DataError(f"{where}: unknown class {name!r}. The names are {', '.join(VOC_CLASSES)}.", "labels")
-        label[VOC_CLASSES.index(name)] = 1
-    return label
+        return Pair(image, self.path / folder / f"{name}.png")
 
 
 def read_annotation(file: Path) -> Tensor:
@@ -222,13 +152,14 @@ def read_annotation(file: Path) -> Tensor:
         objects = ElementTree.parse(file).findall("object")
     except (OSError, ElementTree.ParseError) as error:
         raise DataError(f"{file}: cannot be read ({error}). Unpack this file again from its archive.") from error
-    return _multi_hot((item.findtext("name", "").strip() for item in objects), f"{file}, object/name")
+    names = (item.findtext("name", "").strip() for item in objects)
+    return multi_hot(names, VOC_CLASSES, f"{file}, object/name")
 
 
 def read_label_table(file: Path) -> dict[str, Tensor]:
-    """Image-level labels, float32 (20,) by image id, from a CSV with columns image_id, split and classes.
+    """Image-level labels, float32 (20,) by image id, from a label table (`reading.read_label_rows`).
 
-    `classes` holds class names separated by spaces; `split` is for the reader only.
+    Its column `split` is for people only.
 
     Raises:
         DataError: the table is missing, lacks a column, names an unknown class, or contradicts itself.
@@ -236,18 +167,12 @@ def read_label_table(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise DataError(f'{file}: no such table of labels. Pass "auto", "masks" or the path of a CSV.', "missing")
     labels: dict[str, Tensor] = {}
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = csv.DictReader(lines)
-        absent = {"image_id", "classes"}.difference(rows.fieldnames or ())
-        if absent:
-            columns = ", ".join(sorted(absent))
-            raise DataError(f"{file}: column {columns} is missing. Write the header image_id,split,classes.", "labels")
-        for row in rows:
-            where = f"{file}, line {rows.line_num}, column classes"
-            name, label = row["image_id"], _multi_hot((row["classes"] or "").split(), where)
-            if name in labels and not torch.equal(labels[name], label):
-                raise DataError(f"{where}: differs from an earlier line for {name}. Remove one of them.", "labels")
-            labels[name] = label
+    for row in read_label_rows(file, required=("image_id", "classes")):
+        where = f"{row.where}, column classes"
+        label = multi_hot(row.classes, VOC_CLASSES, where)
+        if row.name in labels and not torch.equal(labels[row.name], label):
+            raise DataError(f"{where}: differs from an earlier line for {row.name}. Remove one of them.", "labels")
+        labels[row.name] = label
     return labels
 
 
@@ -296,12 +221,12 @@ def _labels_from_masks(devkit: Devkit, split: str, names: Sequence[str]) -> Tens
         "that the papers use; they differ in a few percent of the images",
         stacklevel=4,
     )
-    masks = (read_mask(devkit.paths(name, split)[1]) for name in names)
+    masks = (read_mask(devkit.paths(name, split).mask, len(VOC_CLASSES)) for name in names)
     counts = torch.stack([mask.flatten().bincount(minlength=VOID + 1) for mask in masks])
     return (counts[:, 1 : len(VOC_CLASSES) + 1] > 0).float()
 
 
-class VOC2012(Dataset[Sample]):
+class VOC2012(ImageFiles):
     """One split of PASCAL VOC 2012 or of a subset in the same layout.
 
     Masks come from SegmentationClassAug where the image has one there, else from SegmentationClass; for val it is the
@@ -314,9 +239,11 @@ class VOC2012(Dataset[Sample]):
         split: train, train_aug, val or test.
         labels: "auto" as above; the path of a CSV (columns image_id, split, classes) to take it instead; "masks" to
             take the classes of the masks, with a warning: this is not what the papers train with.
+        skip_unreadable: leave out damaged images, with a warning that names them; see `reading.ImageFiles`.
 
     Attributes:
-        identity: "voc2012" where val has the official 1,449 images, else the name of the data root.
+        identity: "voc2012" where val has the official 1,449 images, else the name of the data root; with "-subset"
+            where damaged images are left out.
         split, classes, names: the split, the 20 class names, and the image ids in the order of the list.
         labels: float32 (N, 20).
         label_source: "Annotations", the path of a table, "masks" or "none".
@@ -328,84 +255,12 @@ class VOC2012(Dataset[Sample]):
 
     classes = VOC_CLASSES
 
-    def __init__(self, root: str | Path, split: str, labels: str | Path = "auto"):
+    def __init__(self, root: str | Path, split: str, labels: str | Path = "auto", skip_unreadable: bool = False):
         devkit = Devkit(root)
-        self.identity = devkit.identity
-        self.split = split
-        self.names = devkit.ids(split)
-        self._paths = [devkit.paths(name, split) for name in self.names]
-        self.labels, self.label_source = read_labels(devkit, split, self.names, labels)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Sample:
-        image, mask = read_pair(*self._paths[index])
-        return Sample(image, self.labels[index], mask, self.names[index])
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What a split holds.
-
-    Attributes:
-        images: number of ids in its list.
-        label_source: where its image-level labels come from, as in `VOC2012`.
-        class_counts: number of images with each of the 20 classes; zeros where labels are unknown.
-    """
-
-    images: int
-    label_source: str
-    class_counts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is in a devkit and what is wrong with it; as text, a report for people.
-
-    Attributes:
-        path: the VOC2012 folder.
-        identity: how results name this dataset.
-        folders: number of files in each folder of the devkit, None where the folder is absent.
-        splits: the splits that are there.
-        problems: what is wrong, in the order found.
-    """
-
-    path: Path
-    identity: str
-    folders: dict[str, int | None]
-    splits: dict[str, SplitReport]
-    problems: tuple[DataError, ...]
-
-    def __str__(self) -> str:
-        lines = [f"{self.path}", f"results will name it {self.identity}", "", "files"]
-        for folder, count in self.folders.items():
-            lines.append(f"  {folder:<22}{'absent' if count is None else f'{count:,}':>8}")
-        lines += ["", "images and where their image-level labels come from"]
-        for split, official in OFFICIAL.items():
-            if split in self.splits:
-                images, source = self.splits[split].images, self.splits[split].label_source
-                note = _against_official(images, official)
-                lines.append(f"  {split:<12}{images:>8,}  {note:<29}  labels: {source}")
-            else:
-                lines.append(f"  {split:<12}{'absent':>8}  officially {official:,}")
-        lines += ["", "images with each class", f"  {'':<12}" + "".join(f"{split:>11}" for split in self.splits)]
-        for index, name in enumerate(VOC_CLASSES):
-            counts = "".join(f"{report.class_counts[index]:>11,}" for report in self.splits.values())
-            lines.append(f"  {name:<12}{counts}")
-        lines += ["", f"wrong: {len(self.problems):,}" if self.problems else "nothing is wrong"]
-        for kind in dict.fromkeys(problem.kind for problem in self.problems):
-            messages = [str(problem) for problem in self.problems if problem.kind == kind]
-            lines += [f"  {kind}: {len(messages):,}", *(f"    {message}" for message in messages[:10])]
-            if len(messages) > 10:
-                lines.append(f"    ... and {len(messages) - 10:,} more")
-        return "\n".join(lines)
-
-
-def _against_official(images: int, official: int) -> str:
-    if images == official:
-        return "the official number"
-    return f"a subset: {images:,} of {official:,}" if images < official else f"not the official {official:,}"
+        names = devkit.ids(split)
+        pairs = [devkit.paths(name, split) for name in names]
+        known, self.label_source = read_labels(devkit, split, names, labels)
+        super().__init__(devkit.identity, split, VOC_CLASSES, names, known, pairs, skip_unreadable)
 
 
 def check(root: str | Path, progress: Callable[[Sequence], Iterable] = iter) -> Report:
@@ -439,18 +294,15 @@ def check(root: str | Path, progress: Callable[[Sequence], Iterable] = iter) -> 
             labels, source = read_labels(devkit, split, ids[split])
         except DataError as error:
             problems.append(error)
-            labels, source = torch.zeros(1, len(VOC_CLASSES)), "none"
-        splits[split] = SplitReport(len(ids[split]), source, tuple(labels.nansum(0).long().tolist()))
-    problems += _overlaps(devkit, ids) + _surplus_masks(devkit, ids)
-    split_of = {name: split for split in ids for name in ids[split]}
-    for name, split in progress(list(split_of.items())):
-        try:
-            read_pair(*devkit.paths(name, split))
-        except DataError as error:
-            problems.append(error)
+            labels, source = torch.full((len(ids[split]), len(VOC_CLASSES)), torch.nan), "none"
+        splits[split] = SplitReport.of(labels, source)
+    problems += _overlaps(devkit, ids) + _surplus_masks(devkit, ids) + _surplus_annotations(devkit, ids)
+    split_of = list({name: split for split in ids for name in ids[split]}.items())
+    errors = errors_of(lambda item: read_pair(*devkit.paths(*item), len(VOC_CLASSES)), split_of)
+    problems += [error for _, error in zip(progress(split_of), errors, strict=True) if error]
     folders = {f: len(names) if (devkit.path / f).is_dir() else None for f, names in devkit.files.items()}
     once = {str(problem): problem for problem in problems}  # train and train_aug share images and their problems
-    return Report(devkit.path, identity, folders, splits, tuple(once.values()))
+    return Report(devkit.path, identity, VOC_CLASSES, folders, splits, tuple(once.values()), OFFICIAL)
 
 
 def _overlaps(devkit: Devkit, ids: dict[str, list[str]]) -> list[DataError]:
@@ -479,4 +331,19 @@ def _surplus_masks(devkit: Devkit, ids: dict[str, list[str]]) -> list[DataError]
         DataError(f"{devkit.path / folder / name}.png: a mask in no list. Remove it, or list its id.", "surplus")
         for folder in ("SegmentationClass", "SegmentationClassAug")
         for name in sorted(devkit.files[folder] - listed)
+    ]
+
+
+def _surplus_annotations(devkit: Devkit, ids: dict[str, list[str]]) -> list[DataError]:
+    """Annotations of images that are neither there nor in a list, as one problem: often thousands at once."""
+    unknown = sorted(devkit.files["Annotations"] - devkit.files["JPEGImages"] - set().union(*ids.values()))
+    if not unknown:
+        return []
+    first = devkit.path / "Annotations" / f"{unknown[0]}.xml"
+    return [
+        DataError(
+            f"{first}: an annotation of an image that is not in JPEGImages (one of {len(unknown):,}). Unpack the "
+            "images again, or remove it.",
+            "surplus",
+        )
     ]
