@@ -60,7 +60,7 @@ class EvalConfig:
         train_images: how many training images seeds and pseudo masks are scored on; 0 takes all.
         decoder_crf: whether the decoder is also scored after a CRF.
         threshold_split: split on whose truth the background score of every map is chosen, with its image labels given; ""
-            takes the recipe's scores. It must not be a split that is scored.
+            takes the recipe's scores. It must not be a training split, on which seeds are scored.
         map_fusion: "max" (see `multi_scale`) or "sum" (see `multi_scale_sum`).
         decoder_fusion: "max" (see `multi_scale_logits`) or "mean" (see `multi_scale_mean`).
         crf_iterations: mean-field iterations of the CRF.
@@ -89,6 +89,11 @@ class EvalConfig:
     def __post_init__(self):
         check_choice("recipe field map_fusion", self.map_fusion, ("max", "sum"))
         check_choice("recipe field decoder_fusion", self.decoder_fusion, ("max", "mean"))
+        if self.threshold_split.startswith("train"):
+            raise ValueError(
+                f"recipe field threshold_split = {self.threshold_split!r}: seeds are scored there, so their background "
+                'score must come from elsewhere; give "val", or "" for the scores of the recipe'
+            )
         if self.map_fusion == "sum" and not self.eval_size:
             raise ValueError('recipe field eval_size = 0: with map_fusion = "sum" images are squashed, so it needs a side')
 

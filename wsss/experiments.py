@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from wsss import backbones, methods, states
 from wsss.data import Sample, load_dataset
-from wsss.evaluation import EvalConfig, Request, evaluate
+from wsss.evaluation import DECODER, EvalConfig, Request, evaluate
 from wsss.files import write_json
 from wsss.floors import floors, sentence
 from wsss.methods.common import Method
@@ -153,12 +153,12 @@ def _require_known(name: str, known: set[str], where: str) -> None:
 def recipe_table(method: str, dataset: str) -> pd.DataFrame:
     """All variants of a recipe side by side: field | published | released | source."""
     variants = {variant: recipe_entries(method, variant, dataset) for variant in methods.find(method).variants}
-    rows = []
-    for name in variants["published"]:
+    rows, first = [], next(iter(variants))
+    for name in variants[first]:
         entries = {variant: recipe[name] for variant, recipe in variants.items()}
-        same = all(entry == entries["published"] for entry in entries.values())
+        same = all(entry == entries[first] for entry in entries.values())
         source = "; ".join(f"{variant}: {entry['source']}" for variant, entry in entries.items())
-        source = entries["published"]["source"] if same else source
+        source = entries[first]["source"] if same else source
         rows.append({"field": name} | {v: str(entry["value"]) for v, entry in entries.items()} | {"source": source})
     return pd.DataFrame(rows)
 
@@ -188,8 +188,10 @@ class Experiment:
         if bool(stage) != bool(self.source):
             need = "learns from another run: name it as `source`" if stage else "is a first stage: leave `source` out"
             raise ValueError(f"Experiment: {self.method} {need}")
-        if stage == "affinity" and methods.find(self.source.method).stage:
-            raise ValueError(f"Experiment: {self.method} needs a classifier as its source, not {self.source.method}")
+        source = stage and methods.find(self.source.method)
+        if source and not source.mask_map and (stage == "affinity" or source.stage != "affinity"):
+            need = "a method with maps" + ("" if stage == "affinity" else ", or an affinity network,")
+            raise ValueError(f"Experiment: {self.method} needs {need} as its source, not {self.source.method}")
 
     def recipe(self) -> dict[str, object]:
         """Flat recipe: field -> value.
@@ -409,6 +411,8 @@ def train_experiment(
     dataset = cached_dataset(source, TRAIN_SPLIT[source], data_root or None)
     method = experiment.build(len(dataset.classes)).to(device)
     if experiment.source:
+        if runs is None:
+            raise ValueError(f"{experiment.method} learns from another run: pass `runs`, the folder of the runs")
         dataset = _relabelled(experiment, method, dataset, Path(runs), progress)
     config, workers = experiment.config(TrainConfig), 0 if source == "embedded" else min(4, os.cpu_count() or 1)
     history = train(
@@ -425,16 +429,20 @@ def load_trained(experiment: Experiment, runs: Path) -> Trained:
     """The trained network of a finished run, with the background scores that it chose.
 
     Raises:
-        FileNotFoundError: the run is not done, or its weights are not there (they are not committed).
+        FileNotFoundError: the run is not done, or its weights are not there (they are not committed); the message says
+            how to make them.
         ValueError: the checkpoint is not of this run.
     """
     folder = Path(runs) / experiment.name
     state, weights = read_state(folder)["state"], folder / "checkpoint.pt"
     if state != "done" or not weights.exists():
-        found = f"is {state}" if state != "done" else "is done, but its weights checkpoint.pt are not kept here"
+        found, remedy = f"is {state}", "Make it"
+        if state == "done":
+            found = "is done, but its weights checkpoint.pt are not kept here"
+            remedy = "Remove the folder, or choose another one for all runs, and make it"
         raise FileNotFoundError(
-            f"{folder}: this run ({experiment.arm}) {found}, and a later stage builds on it. Make it with "
-            "`wsss.experiments.run_all`, which trains a stage after the runs that it builds on, or with `wsss reproduce`"
+            f"{folder}: a later stage builds on this run ({experiment.arm}), which {found}. {remedy} with "
+            "`wsss.experiments.run_all`, which trains what a stage builds on before it, or with `wsss reproduce`"
         )
     record = Record.read(folder)
     method = experiment.build(len(record.classes), pretrained=False)
@@ -501,7 +509,8 @@ THRESHOLDS = tuple(round(0.01 * step, 2) for step in range(100))  # background s
 def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Request]]]:
     """What is scored after training: (split, number of images or all, requests).
 
-    Seeds and pseudo masks are scored on training images with their image labels; everything else without labels.
+    Seeds and pseudo masks are scored on training images with their image labels; everything else without labels. On a
+    split whose truth has chosen the background scores, no map is scored that uses them.
     """
     config, method = experiment.config(EvalConfig), methods.find(experiment.method)
     given = [Request("maps-given-labels", name) for name in method.map_names]
@@ -515,6 +524,8 @@ def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Reque
         plan += [("test", None, predicted), ("test_broken", None, decoder)]
     else:
         plan += [("val", None, predicted)]
+    fair = lambda request, split: request.map == DECODER or request.crf or split != config.threshold_split
+    plan = [(split, images, [r for r in requests if fair(r, split)]) for split, images, requests in plan]
     return [(split, images, requests) for split, images, requests in plan if requests]
 
 
@@ -547,7 +558,10 @@ def score(experiment, method, data_root, device, progress, runs=None) -> tuple[d
 
 
 def _sweeps(method: Method) -> dict[str, ThresholdSweep]:
-    return {name: ThresholdSweep(method.num_classes + 1, THRESHOLDS) for name in method.map_names}
+    """For every map of the method that has a background score of its own."""
+    own = {f.name for f in fields(EvalConfig)}
+    names = [name for name in method.map_names if f"threshold_{name}" in own]
+    return {name: ThresholdSweep(method.num_classes + 1, THRESHOLDS) for name in names}
 
 
 def _plain(scores: Scores) -> dict:
