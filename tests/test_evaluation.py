@@ -7,11 +7,14 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
+from wsss import evaluation
 from wsss.data import Sample
-from wsss.data.transforms import MEAN, STD
-from wsss.evaluation import EvalConfig, Request, evaluate
+from wsss.data.transforms import MEAN, STD, normalise, squash
+from wsss.evaluation import EvalConfig, Request, all_scores, batches_of_one_size, evaluate, predict_masks
+from wsss.maps import minmax_transcam
+from wsss.methods.common import Method
+from wsss.metrics import ConfusionMatrix, ThresholdSweep
 from wsss.refine import dense_crf
 
 CLASSES = 3
@@ -68,7 +71,7 @@ def decoder_logits(x):
     return x[..., [0, 1, 2, 0], :, :] + 0.7 * x[..., [1, 2, 0, 2], :, :]
 
 
-class Stub(nn.Module):
+class Stub(Method):
     """A method with these maps that counts its forward passes by kind and batch shape."""
 
     def __init__(self):
@@ -226,7 +229,7 @@ def test_requests_share_one_forward_pass_a_scale():
     method, scales = Stub(), replace(NATIVE, map_scales=(1.0, 0.5), decoder_scales=(1.0, 1.5), eval_flip=True)
     sweep = [Request("maps-given-labels", "cam", threshold=t) for t in (0.1, 0.5, 0.9)]
     evaluate(method, Toy(), [*GIVEN, *PREDICTED, DECODER, *sweep], scales, progress=False)
-    runs = [(2, (8, 12)), (1, (12, 8)), (1, (8, 12))]  # neighbours of one size share a batch
+    runs = [(3, (8, 12)), (1, (12, 8))]  # images of one size share a batch
     expected = Counter()
     for kind, factor in [("maps", 1), ("maps", 0.5), ("segment", 1), ("segment", 1.5)]:
         for images, size in runs:
@@ -422,3 +425,170 @@ def test_no_threshold_for_a_map_with_a_background():
     swept = Request("maps-given-labels", "patch", threshold=0.5)
     with pytest.raises(ValueError, match="maps-given-labels/patch@0.5: the map 'patch' has a background channel"):
         evaluate(Probable(), Toy(), [swept], NATIVE, progress=False)
+
+
+# ---------------------------------------------------------------------------------------- other ways to fuse and choose
+
+SUMMED = replace(NATIVE, eval_size=16, map_scales=(0.5, 1.0, 1.5), map_fusion="sum")
+
+
+def summed_map(name, sample, config):
+    """TransCAM's fusion: the maps of squashed images and their mirror images, added up and only then rectified."""
+    total = 0
+    for scale in config.map_scales:
+        x = normalise(squash(sample.image, round(scale * config.eval_size))).double().numpy()
+        total = total + bilinear(MAPS[name](x), sample.mask.shape)
+        if config.eval_flip:
+            total = total + bilinear(MAPS[name](x[..., ::-1]), sample.mask.shape)[..., ::-1]
+    return minmax_transcam(torch.from_numpy(np.maximum(total, 0))[None])[0].numpy()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_maps_that_are_summed_over_squashed_images(flip):
+    config, dataset = replace(SUMMED, eval_flip=flip), Toy()
+    for samples in batches_of_one_size(dataset, range(len(dataset))):
+        scores = all_scores(Stub(), samples, ["cam", "lam"], config)
+        for name in ("cam", "lam"):
+            expected = np.stack([summed_map(name, sample, config) for sample in samples])
+            np.testing.assert_allclose(scores[name], expected, rtol=1e-4, atol=1e-4)
+    request = Request("maps-given-labels", "lam")
+    scores = evaluate(Stub(), dataset, [request], config, progress=False)[request.key]
+    masks = []
+    for sample in dataset.samples:
+        maps = summed_map("lam", sample, config).astype(np.float32)
+        maps[sample.label.numpy() == 0] = -np.inf
+        masks.append(np.where(maps.max(0) > np.float32(config.threshold_lam), maps.argmax(0) + 1, 0))
+    np.testing.assert_allclose(scores.iou, expected_iou(masks, dataset.samples), rtol=1e-12)
+
+
+def test_predicted_labels_of_summed_maps_come_from_the_squashed_image():
+    dataset, request = Toy("test"), Request("maps-predicted-labels", "lam")
+    method = Stub()
+    evaluate(method, dataset, [request], SUMMED, progress=False)
+    assert {shape[-2:] for _, shape in method.calls} == {(8, 8), (16, 16), (24, 24)}
+    for sample in dataset.samples:
+        found = all_scores(method, [sample], ["lam"], SUMMED)["labels"][0]
+        logits = class_logits(normalise(squash(sample.image, 16)).double().numpy())[:, 0, 0]
+        assert found.tolist() == (logits > 0).tolist()
+
+
+def test_decoder_logits_may_be_averaged_over_scales():
+    """One scale in its own size and no mirror image is the plain decoder; the mean of two lies between them."""
+    sample = Toy(sizes=((8, 12),)).samples[0]
+    mean = replace(NATIVE, decoder_fusion="mean")
+    logits = lambda config: all_scores(Stub(), [sample], ["decoder"], config)["decoder"]
+    one, half, both = (logits(replace(mean, decoder_scales=scales)) for scales in ((1.0,), (0.5,), (1.0, 0.5)))
+    torch.testing.assert_close(both, (one + half) / 2)
+    mirrored = replace(sample, image=sample.image.flip(-1))
+    other = all_scores(Stub(), [mirrored], ["decoder"], mean)["decoder"].flip(-1)
+    torch.testing.assert_close(logits(replace(mean, eval_flip=True)), (one + other) / 2)
+    x = network_input(sample, mean)
+    grid = torch.from_numpy(decoder_logits(x)).float()[None]
+    aligned = torch.nn.functional.interpolate(grid, (8, 12), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(one, aligned, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_network_is_scored_as_a_decoder():
+    decoder, retrained = (
+        evaluate(Stub(), Toy("test"), [Request(name), Request(name, crf=True)], NATIVE, progress=False)
+        for name in ("decoder", "retrained")
+    )
+    assert list(retrained) == ["retrained/decoder", "retrained/decoder+crf"]
+    for theirs, own in zip(decoder.values(), retrained.values()):
+        assert torch.equal(theirs.iou, own.iou)
+
+
+def test_the_crf_takes_the_iterations_of_the_recipe():
+    dataset, request = Toy("test"), Request("decoder", crf=True)
+    found = {}
+    for iterations in (0, 1, 10):
+        config = replace(NATIVE, crf_iterations=iterations)
+        assert config.crf == {"iterations": iterations, "gaussian": (3, 1), "bilateral": (4, 5, 20)}
+        scores = evaluate(Stub(), dataset, [request], config, progress=False)[request.key]
+        masks = []
+        for sample in dataset.samples:
+            logits = torch.from_numpy(fused_logits(sample, NATIVE)).float()
+            posterior = dense_crf(sample.image.permute(1, 2, 0), logits.softmax(0), iterations, (3, 1), (4, 5, 20))
+            masks.append(posterior.argmax(0).numpy())
+        np.testing.assert_allclose(scores.iou, expected_iou(masks, dataset.samples), rtol=1e-12)
+        found[iterations] = tuple(scores.iou.tolist())
+    assert len(set(found.values())) == 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"map_fusion": "mean"}, "recipe field map_fusion 'mean' is unknown; choose one of max, sum"),
+        ({"decoder_fusion": "sum"}, "recipe field decoder_fusion 'sum' is unknown; choose one of max, mean"),
+        ({"map_fusion": "sum"}, 'eval_size = 0: with map_fusion = "sum" images are squashed, so it needs a side'),
+        ({"threshold_split": "train"}, "threshold_split = 'train': seeds are scored there"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(NATIVE, **change)
+
+
+THRESHOLDS = (0.0, 0.25, 0.5, 0.6, 0.9)
+
+
+@pytest.mark.parametrize("config", [NATIVE, SQUASHED, SUMMED], ids=["native", "squashed", "summed"])
+def test_a_sweep_says_what_predictions_at_every_threshold_score(config):
+    dataset = Toy()
+    sweeps = {name: ThresholdSweep(CLASSES + 1, THRESHOLDS) for name in ("cam", "lam")}
+    single = Request("maps-given-labels", "cam")
+    alone = evaluate(Stub(), dataset, [single], config, progress=False)
+    assert evaluate(Stub(), dataset, [], config, progress=False, sweeps=sweeps) == {}
+    for name, sweep in sweeps.items():
+        miou, iou = sweep.curve()
+        for index, threshold in enumerate(THRESHOLDS):
+            matrix, request = ConfusionMatrix(CLASSES + 1), Request("maps-given-labels", name, threshold=threshold)
+            for samples in batches_of_one_size(dataset, range(len(dataset))):
+                scores = all_scores(Stub(), samples, [name], config)
+                for mask, sample in zip(predict_masks(request, scores, samples, config), samples):
+                    matrix.update(mask, sample.mask)
+            expected = matrix.scores()
+            torch.testing.assert_close(iou[index], expected.iou, equal_nan=True)
+            assert miou[index].item() == pytest.approx(expected.miou)
+    torch.testing.assert_close(sweeps["cam"].curve()[1][3], alone[single.key].iou, equal_nan=True)
+
+
+def test_a_sweep_shares_the_forward_passes_and_the_images_of_the_requests():
+    method, sweep = Stub(), ThresholdSweep(CLASSES + 1, THRESHOLDS)
+    with_sweep = evaluate(method, Toy(), GIVEN, NATIVE, images=3, progress=False, sweeps={"lam": sweep})
+    assert set(method.calls.values()) == {1}, "one pass a batch"
+    without = evaluate(Stub(), Toy(), GIVEN, NATIVE, images=3, progress=False)
+    assert all(torch.equal(with_sweep[key].iou, without[key].iou) for key in without)
+    counted = sum((sample.mask != 255).sum().item() for sample in Toy().samples[:3])
+    assert sweep.counts.sum() == counted
+
+
+def test_a_sweep_on_a_held_out_split_needs_permission():
+    sweeps = {"cam": ThresholdSweep(CLASSES + 1, THRESHOLDS)}
+    with pytest.raises(ValueError, match="maps-given-labels on the split 'val' would use its image-level ground truth"):
+        evaluate(Stub(), Toy("val"), [], NATIVE, progress=False, sweeps=sweeps)
+    assert not sweeps["cam"].counts.any()
+    evaluate(Stub(), Toy("val"), [], NATIVE, labels_on_held_out=True, progress=False, sweeps=sweeps)
+    assert sweeps["cam"].counts.any()
+
+
+def test_batches_hold_every_image_once_and_one_size_each(monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 3)
+    monkeypatch.setattr(evaluation, "WAITING", 5)
+    random = np.random.default_rng(0)
+    widths, read = random.integers(1, 5, 40).tolist(), []
+    samples = [Sample(torch.zeros(3, 2, width), None, None, str(index)) for index, width in enumerate(widths)]
+
+    class Reading(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    given = 0
+    for batch in batches_of_one_size(Reading(samples), range(4, 40)):
+        given += len(batch)
+        assert len(batch) <= 3 and len({sample.image.shape for sample in batch}) == 1
+        assert len(read) - given < 5, "few images wait"
+    assert read == list(range(4, 40)) and given == 36
+    names = [s.name for batch in batches_of_one_size(samples, [7, 3, 9]) for s in batch]
+    assert sorted(names) == ["3", "7", "9"]

@@ -10,33 +10,45 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from wsss import experiments, methods
-from wsss.data import scenes
-from wsss.evaluation import EvalConfig
+from wsss import backbones, experiments, methods
+from wsss.data import DataError, scenes
+from wsss.evaluation import EvalConfig, Request, evaluate
 from wsss.experiments import (
     RECIPE_DATASETS,
+    THRESHOLDS,
     Experiment,
     Record,
     load_records,
+    load_trained,
     obtain,
     read_state,
     recipe_entries,
     recipe_table,
     run,
     run_all,
+    score_plan,
+    train_experiment,
     with_seeds,
 )
+from wsss.files import write_json
 from wsss.training import TrainConfig
 
+ROOT = Path(__file__).parents[1]
 IMAGES = 4
 SMALL = (("batch_size", 2), ("steps", 2), ("warmup_steps", 1), ("seg_start", 0), ("train_images", 2))
 TINY = Experiment("cam", "published", "embedded", overrides=SMALL)
+STEPS = (("batch_size", 2), ("steps", 2), ("warmup_steps", 1), ("train_images", 2))
+SEEDS = Experiment("transcam", "published", "embedded", overrides=STEPS)
+AFFINITY = Experiment("affinity", "released", "embedded", overrides=(*STEPS, ("images", 3)), source=SEEDS)
+RETRAINED = Experiment("deeplab", "released", "embedded", overrides=(*STEPS, ("images", 3)), source=AFFINITY)
 RECIPES = [(m, v, d) for m in methods.METHODS for v in methods.find(m).variants for d in RECIPE_DATASETS]
 
 
@@ -89,6 +101,11 @@ def no_training(monkeypatch):
     monkeypatch.setattr(experiments, "ProcessPoolExecutor", refuse)
 
 
+def any_source(method, dataset="embedded"):
+    """Something that `method` can build on, or None for a first stage."""
+    return Experiment("cam", "published", dataset) if methods.find(method).stage else None
+
+
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -101,7 +118,7 @@ def test_every_recipe_is_whole_and_builds_its_configs(method, variant, dataset):
     entries = recipe_entries(method, variant, dataset)
     for name, entry in entries.items():
         assert set(entry) == {"value", "source"} and entry["source"].strip(), name
-    experiment = Experiment(method, variant, dataset)
+    experiment = Experiment(method, variant, dataset, source=any_source(method, dataset))
     assert experiment.recipe() == {name: entry["value"] for name, entry in entries.items()}
     used = set()
     for config in experiments._configs(method):
@@ -120,9 +137,10 @@ def test_every_recipe_is_whole_and_builds_its_configs(method, variant, dataset):
 
 @pytest.mark.parametrize("method, variant", [(m, v) for m in methods.METHODS for v in methods.find(m).variants])
 def test_the_embedded_recipes_build_their_networks(method, variant):
-    built = Experiment(method, variant, "embedded").build(5, pretrained=False)
+    built = Experiment(method, variant, "embedded", source=any_source(method)).build(5, pretrained=False)
     assert type(built) is methods.find(method)
-    assert built.backbone.num_class_tokens == methods.find(method).class_tokens(5)
+    if isinstance(built.backbone, backbones.MultiTokenViT):
+        assert built.backbone.num_class_tokens == methods.find(method).class_tokens(5)
     assert getattr(getattr(built, "config", None), "variant", variant) == variant
 
 
@@ -252,7 +270,7 @@ def test_an_unknown_recipe_names_the_known_ones(what, message):
 
 def test_a_method_without_a_recipe_is_told_the_known_ones(monkeypatch):
     monkeypatch.setitem(methods.METHODS, "oracle", methods.find("cam"))
-    with pytest.raises(ValueError, match="no recipe for the method 'oracle'; known: .*cam, more"):
+    with pytest.raises(ValueError, match="no recipe for the method 'oracle'; known: .*apc, cam, .*more"):
         Experiment("oracle", "published", "embedded").recipe()
 
 
@@ -315,13 +333,58 @@ def test_the_key_follows_the_tiny_weights(tmp_path, monkeypatch):
     experiment, large = Experiment("cam", "published", "embedded"), Experiment("cam", "published", "voc2012")
     before = experiment.key, large.key
     (tmp_path / "other.safetensors").write_bytes(b"other weights")
-    monkeypatch.setattr(experiments, "TINY_WEIGHTS", tmp_path / "other.safetensors")
+    monkeypatch.setitem(backbones.TINY_FILES, "vit_tiny_scenes", tmp_path / "other.safetensors")
     assert experiment.key != before[0] and large.key == before[1]
 
 
 def test_the_name_tells_the_run():
     experiment = Experiment("more", "published", "embedded", 3, "full", (("steps", 200), ("batch_size", 16)))
     assert experiment.name == f"more.published_vit_tiny_scenes_80_b16-200_embedded_s3-{experiment.key}"
+
+
+def test_committed_records_keep_their_names():
+    """No change of the library may give a run another name: its record would be lost."""
+    folders = [path.parent for path in (ROOT / "results").glob("*/runs/*/record.json")]
+    assert len(folders) > 100
+    names = {folder.name: Record.read(folder).experiment(folder.parent).name for folder in folders}
+    assert [folder for folder, name in names.items() if name != folder] == []
+
+
+def test_a_later_stage_has_the_name_of_its_content_and_of_its_source():
+    assert [e.method for e in RETRAINED.chain()] == ["affinity", "transcam"] and SEEDS.chain() == []
+    others = [
+        replace(RETRAINED, source=replace(AFFINITY, seed=1)),
+        replace(RETRAINED, source=replace(AFFINITY, source=replace(SEEDS, seed=1))),
+        replace(RETRAINED, source=replace(AFFINITY, source=replace(SEEDS, overrides=(*STEPS, ("noise", 2.0))))),
+        replace(RETRAINED, source=SEEDS),
+        replace(RETRAINED, source=replace(TINY, method="more", overrides=())),
+    ]
+    assert len({RETRAINED.key, *(other.key for other in others)}) == 6
+    renamed = replace(RETRAINED, source=replace(AFFINITY, arm="PSA", source=replace(SEEDS, arm="BNR")))
+    assert renamed.key == RETRAINED.key
+
+
+def test_seeds_are_those_of_the_whole_chain():
+    for seed, experiment in enumerate(with_seeds([RETRAINED], 2)):
+        assert [e.seed for e in (experiment, *experiment.chain())] == [seed] * 3
+    assert with_seeds([RETRAINED], 1) == [RETRAINED] and len({e.name for e in with_seeds([RETRAINED], 3)}) == 3
+
+
+@pytest.mark.parametrize(
+    "method, source, message",
+    [
+        ("affinity", None, "affinity learns from another run: name it as `source`"),
+        ("deeplab", None, "deeplab learns from another run: name it as `source`"),
+        ("cam", SEEDS, "cam is a first stage: leave `source` out"),
+        ("affinity", AFFINITY, "affinity needs a method with maps as its source, not affinity"),
+        ("affinity", RETRAINED, "affinity needs a method with maps as its source, not deeplab"),
+        ("deeplab", RETRAINED, "deeplab needs a method with maps, or an affinity network, as its source, not deeplab"),
+        ("deeplab", Experiment("supervised", "published", "embedded"), "as its source, not supervised"),
+    ],
+)
+def test_a_stage_needs_the_right_source(method, source, message):
+    with pytest.raises(ValueError, match=f"Experiment: .*{message}"):
+        Experiment(method, "released", "embedded", source=source)
 
 
 def test_seeds_vary_fastest():
@@ -406,7 +469,7 @@ def test_more_describes_its_tokens(tmp_path):
 
 @pytest.mark.parametrize("error", [FloatingPointError("the loss is nan"), KeyboardInterrupt()])
 def test_a_failing_run_says_so_with_its_error(tmp_path, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         assert read_state(tmp_path / TINY.name) == {"state": "running", "pid": os.getpid()}
         raise error
 
@@ -432,9 +495,9 @@ def test_a_runs_folder_that_cannot_be_written_is_named(tmp_path, no_training):
         run(TINY, tmp_path / "file" / "runs", progress=False)
 
 
-def test_a_dataset_that_cannot_be_loaded_yet_is_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown dataset 'coco2014'; choose one of embedded, voc2012"):
-        run(Experiment("cam", "published", "coco2014"), tmp_path, progress=False)
+def test_a_dataset_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path}/nowhere"):
+        run(Experiment("cam", "published", "coco2014"), tmp_path, str(tmp_path / "nowhere"), progress=False)
 
 
 def test_run_all_finishes_the_others_before_it_reports_a_failure(tmp_path, monkeypatch):
@@ -447,6 +510,241 @@ def test_run_all_finishes_the_others_before_it_reports_a_failure(tmp_path, monke
     assert read_state(tmp_path / TINY.name)["state"] == "done"
     [record] = run_all([TINY], tmp_path, progress=False)
     assert record.environment["threads"] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- stages
+
+
+class InThisProcess:
+    """Stands for the pool of processes, which would not see what a test has patched."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """(runs folder, record of the last stage): three stages, of which only the last was asked for."""
+    runs = tmp_path_factory.mktemp("chain") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+        with few_images():
+            [record] = run_all([RETRAINED], runs, progress=False)
+    return runs, record
+
+
+def test_a_stage_trains_its_sources_and_is_scored_by_its_own_protocol(chain):
+    runs, record = chain
+    assert {path.name for path in runs.iterdir()} == {SEEDS.name, AFFINITY.name, RETRAINED.name}
+    seeds, affinity, again = load_records([SEEDS, AFFINITY, RETRAINED], runs)
+    assert asdict(again) == asdict(record)
+    assert (seeds.source, affinity.source, record.source) == ("", SEEDS.name, AFFINITY.name)
+    assert set(seeds.metrics) == {
+        "train/maps-given-labels/transcam",
+        "train/maps-given-labels/cam",
+        "train/maps-given-labels/transcam+crf",
+        "test/maps-predicted-labels/transcam",
+    }
+    assert set(affinity.metrics) == {"train/maps-given-labels/walk", "train/maps-given-labels/walk+crf"}
+    assert set(record.metrics) == {
+        "test/retrained/decoder",
+        "test/retrained/decoder+crf",
+        "test_broken/retrained/decoder",
+    }
+    for trained, terms in ((seeds, {"cls", "refined"}), (affinity, {"affinity"}), (record, {"seg"})):
+        assert terms <= set(trained.history[0])
+
+
+def test_a_stage_leaves_one_small_png_an_image_and_nothing_else(chain):
+    """Label maps of other codes are arrays of floats, 70 to 110 MB an image."""
+    usual = {"record.json", "state.json", "checkpoint.pt", ".lock"}
+    with few_images():
+        names = experiments.cached_dataset("embedded", "train", None).names
+    for experiment, written in ((SEEDS, set()), (AFFINITY, set(names[:3])), (RETRAINED, set(names[:3]))):
+        folder = chain[0] / experiment.name
+        files = {path.relative_to(folder): path for path in folder.rglob("*.*")}
+        pngs = {name: path for name, path in files.items() if name.parts[0] == "labels"}
+        assert {str(name) for name in files if name not in pngs} == usual
+        assert {str(name) for name in pngs} == {f"labels/{name}.png" for name in written}
+        assert all(path.stat().st_size < 4096 for path in pngs.values())
+
+
+def test_a_stage_that_was_killed_goes_on_with_the_same_labels_and_numbers(chain, tmp_path):
+    """Killed while it wrote its label maps: the one that is there is kept, and the end is the same."""
+    runs = shutil.copytree(chain[0], tmp_path / "runs")
+    labels = runs / RETRAINED.name / "labels"
+    whole = contents(labels)
+    for path in (labels.parent / "state.json", labels.parent / "checkpoint.pt", *sorted(labels.iterdir())[1:]):
+        path.unlink()
+    [kept] = labels.iterdir()
+    before = kept.stat().st_mtime_ns
+    record = run_on_few_images(RETRAINED, runs)
+    assert contents(labels) == whole and kept.stat().st_mtime_ns == before
+    assert (record.metrics, record.history) == (chain[1].metrics, chain[1].history)
+
+
+def missing(runs, state):
+    """Bring the classifier's run into a state in which a later stage cannot build on it."""
+    folder = runs / SEEDS.name
+    if state == "absent":
+        shutil.rmtree(folder)
+    elif state == "done":
+        (folder / "checkpoint.pt").unlink()
+    else:
+        write_json(folder / "state.json", {"state": state, "pid": os.getpid(), "error": "RuntimeError: no"})
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ("absent", r"absent\. Make it"),
+        ("running", r"running\. Make it"),
+        ("failed", r"failed\. Make it"),
+        ("done", r"done, but its weights checkpoint.pt are not kept here\. Remove the folder, or .* make it"),
+    ],
+)
+def test_a_stage_before_its_predecessor_says_which_command_makes_its_input(chain, tmp_path, state, message):
+    runs = shutil.copytree(chain[0], tmp_path / "runs")
+    missing(runs, state)
+    message = rf"{SEEDS.name}: a later stage builds on this run \(full\), which is {message}"
+    message += " with `wsss.experiments.run_all`, .* or with `wsss reproduce`"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_trained(SEEDS, runs)
+    shutil.rmtree(runs / RETRAINED.name)
+    with pytest.raises(FileNotFoundError, match=f"{SEEDS.name}: a later stage builds on this run"):
+        run_on_few_images(RETRAINED, runs)  # its affinity network is there, but that needs the classifier too
+    assert read_state(runs / RETRAINED.name)["state"] == "failed"
+
+
+def test_a_stage_needs_the_folder_of_the_runs():
+    with few_images(), pytest.raises(ValueError, match="affinity learns from another run: pass `runs`"):
+        train_experiment(AFFINITY, progress=False)
+
+
+def test_a_trained_network_comes_back_with_its_weights_and_background_scores(chain):
+    seeds = load_trained(SEEDS, chain[0])
+    weights = torch.load(chain[0] / SEEDS.name / "checkpoint.pt", weights_only=True)["method"]
+    assert all(torch.equal(value, weights[name]) for name, value in seeds.method.state_dict().items())
+    assert not seeds.method.training and seeds.device.type in ("cpu", "cuda")
+    chosen = Record.read(chain[0] / SEEDS.name).tokens["thresholds"]
+    assert set(chosen) == {"cam", "transcam"}
+    assert {name: seeds.config.threshold(name) for name in chosen} == chosen
+    assert seeds.config == replace(SEEDS.config(EvalConfig), **{f"threshold_{name}": t for name, t in chosen.items()})
+
+
+def test_background_scores_are_chosen_on_their_split_and_not_on_the_scored_ones(chain):
+    record, seeds = Record.read(chain[0] / SEEDS.name), load_trained(SEEDS, chain[0])
+    curves, chosen = record.tokens["curves"], record.tokens["thresholds"]
+    assert set(curves) == {"val", "train"} and SEEDS.recipe()["threshold_split"] == "val"
+    with few_images():
+        train, val = (experiments.cached_dataset("embedded", split, None) for split in ("train", "val"))
+        for name, threshold in chosen.items():
+            swept = [Request("maps-given-labels", name, threshold=t) for t in (0.0, threshold, 0.99)]
+            for dataset, split, images in ((val, "val", None), (train, "train", 2)):
+                scores = evaluate(seeds.method, dataset, swept, seeds.config, "cpu", images, True, False)
+                for request in swept:
+                    on_curve = curves[split][name][THRESHOLDS.index(request.threshold)]
+                    assert scores[request.key].miou == pytest.approx(on_curve, abs=1e-4), (split, request.key)
+            assert curves["val"][name][THRESHOLDS.index(threshold)] == max(curves["val"][name])
+            scored = record.metrics[f"train/maps-given-labels/{name}"]["miou"]
+            assert scored == pytest.approx(curves["train"][name][THRESHOLDS.index(threshold)], abs=1e-4)
+
+
+def test_choosing_background_scores_looks_at_nothing_that_is_scored(monkeypatch):
+    """What stands on the scored images has no say: other truth there, the same thresholds."""
+    asked, wanted = [], iter([0.3, 0.7])
+
+    def look(method, dataset, requests, config, *_):
+        asked.append((dataset, [request.key for request in requests], config.threshold_transcam, config.threshold_cam))
+        return {}
+
+    monkeypatch.setattr(experiments, "evaluate", look)
+    monkeypatch.setattr(experiments, "cached_dataset", lambda name, split, root: split)
+    monkeypatch.setattr(experiments.ThresholdSweep, "best", lambda self: (next(wanted), 0.5))
+    method = SimpleNamespace(
+        map_names=("transcam", "cam"), num_classes=3, stage="", describe=lambda dataset, images: {"told": dataset}
+    )
+    monkeypatch.setattr(experiments.ThresholdSweep, "curve", lambda self: (torch.zeros(2), None))
+    _, told = experiments.score(SEEDS, method, None, torch.device("cpu"), False)
+    assert asked[0] == ("val", [], 0.5, 0.5), "chosen before anything is scored"
+    assert [(split, *scores) for split, _, *scores in asked[1:]] == [("train", 0.3, 0.7), ("test", 0.3, 0.7)]
+    assert told["thresholds"] == {"transcam": 0.3, "cam": 0.7}
+
+
+def test_a_map_without_a_background_score_of_its_own_is_not_swept(tmp_path):
+    """`cam_aux` uses the score of `cam`."""
+    record = run_on_few_images(replace(TINY, overrides=(*SMALL, ("threshold_split", "val"))), tmp_path)
+    assert set(record.tokens["thresholds"]) == {"cam"} and set(record.tokens["curves"]["train"]) == {"cam"}
+    assert "train/maps-given-labels/cam_aux" in record.metrics
+
+
+@pytest.mark.parametrize("split", ["train", "train_aug"])
+def test_background_scores_are_not_chosen_on_training_images(split):
+    with pytest.raises(ValueError, match=f"threshold_split = '{split}': seeds are scored there"):
+        replace(SEEDS, overrides=(("threshold_split", split),)).config(EvalConfig)
+
+
+def test_no_map_is_scored_where_its_background_score_was_chosen():
+    plan = lambda split: score_plan(replace(SEEDS, dataset="voc2012-cpu", overrides=(("threshold_split", split),)))
+    keys = lambda split: [(name, [r.key for r in requests]) for name, _, requests in plan(split)]
+    given = ["transcam", "cam", "transcam+crf"]
+    train = ("train", [f"maps-given-labels/{name}" for name in given])
+    assert keys("val") == [train]
+    assert keys("") == [train, ("val", ["maps-predicted-labels/transcam"])]
+
+
+@pytest.fixture
+def stub_runs(monkeypatch, finished):
+    """Runs that only leave a record: returns the names in the order in which they were started."""
+    started, record = [], finished[1]
+
+    def leave(experiment, runs, *_, **__):
+        for source in experiment.chain():
+            assert read_state(runs / source.name)["state"] == "done", "sources come first"
+        started.append(experiment.name)
+        if "bad" in experiment.arm:
+            raise FloatingPointError("the loss is nan")
+        write_json(runs / experiment.name / "record.json", asdict(replace(record, name=experiment.name)))
+        write_json(runs / experiment.name / "state.json", {"state": "done"})
+
+    monkeypatch.setattr(experiments, "run", leave)
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+    return started
+
+
+def test_sources_are_trained_first_and_once(stub_runs, tmp_path):
+    wanted = with_seeds([RETRAINED, SEEDS, replace(RETRAINED, source=SEEDS), TINY], 2)
+    records = run_all(wanted, tmp_path, progress=False)
+    assert [record.name for record in records] == [e.name for e in wanted]
+    assert sorted(stub_runs) == sorted({e.name for w in wanted for e in (w, *w.chain())}), "each once"
+    started = len(stub_runs)
+    run_all(wanted, tmp_path, progress=False)
+    assert len(stub_runs) == started
+
+
+def test_what_builds_on_a_failed_run_is_not_started_and_the_rest_is(stub_runs, tmp_path):
+    bad = replace(AFFINITY, arm="bad", overrides=(*AFFINITY.overrides, ("beta", 1.0)))
+    lost, fine = replace(RETRAINED, source=bad), replace(RETRAINED, seed=1)
+    message = f"runs failed:\n{bad.name}: FloatingPointError: the loss is nan\n"
+    with pytest.raises(RuntimeError, match=message) as failure:
+        run_all([lost, fine, TINY], tmp_path, progress=False)
+    assert f"{lost.name}: not started, a run that it builds on failed" in str(failure.value)
+    assert lost.name not in stub_runs and {SEEDS.name, fine.name, TINY.name} <= set(stub_runs)
+    assert read_state(tmp_path / fine.name)["state"] == "done"
 
 
 # ----------------------------------------------------------------------------------------------------------- obtain

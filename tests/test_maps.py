@@ -4,14 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from wsss import maps as maps_module
 from wsss.maps import (
     add_background,
     merge_labels,
     minmax,
+    minmax_transcam,
     multi_scale,
     multi_scale_logits,
     multi_scale_mean,
     multi_scale_probabilities,
+    multi_scale_sum,
     predict,
     resize,
     three_way,
@@ -316,3 +319,93 @@ def test_merged_labels_by_hand():
 def test_merged_labels_must_fit():
     with pytest.raises(ValueError, match=r"merge_labels: labels have shape \(1, 3\).* need \(1, 2\)"):
         merge_labels(torch.rand(1, 3, 4, 4), torch.ones(1, 3))
+
+
+def transcam_inputs(data, dtype, flip=True):
+    """(a network that returns the recorded maps, images at every scale, channels of the image's classes)."""
+    recorded, sides = [], data["sq_sizes"].tolist()
+    for index in range(len(sides)):
+        both = [data[f"cam_s{index}_f{mirrored}"][1:] for mirrored in range(1 + flip)]
+        recorded.append({"transcam": torch.stack(both).to(dtype)})
+    calls = iter(zip(sides, recorded))
+    images = [torch.rand(1, 3, side, side, dtype=dtype) for side in sides]
+
+    def network(inputs):
+        side, maps = next(calls)
+        assert inputs.shape == (1 + flip, 3, side, side)
+        assert not flip or torch.equal(inputs[1], inputs[0].flip(-1))
+        return maps
+
+    present = data["label"].nonzero()[:, 0]
+    assert torch.equal(present, data["classes"])
+    return network, images, present
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_transcam_sum_over_scales(golden, monkeypatch, dtype):
+    """The reference multiplies by the image's labels as well: it keeps the classes of the image."""
+    data = golden("transcam_msfuse")
+    network, images, present = transcam_inputs(data, dtype)
+    monkeypatch.setattr(maps_module, "minmax_transcam", lambda maps: maps)
+    total = multi_scale_sum(network, images, ["transcam"], data["size"].tolist())["transcam"][0, present]
+    torch.testing.assert_close(total.double(), data["sum_cam"].relu(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("flip", [True, False])
+def test_golden_transcam_normalised_sum(golden, flip, dtype):
+    data = golden("transcam_msfuse")
+    expected = data["norm_cam" if flip else "norm_cam_noflip"]
+    network, images, present = transcam_inputs(data, dtype, flip)
+    found = multi_scale_sum(network, images, ["transcam"], data["size"].tolist(), flip)["transcam"]
+    assert found.dtype == dtype and found.shape[0] == 1
+    wrong = (found[0, present].double() - expected).abs() > 1e-5
+    lowest = expected.flatten(1).argsort(1)[:, :2]  # where float32 may put the minimum
+    assert not wrong.flatten(1).scatter(1, lowest, False).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_transcam_minmax(golden, dtype):
+    data = golden("transcam_msfuse")
+    maps = data["sum_cam"].relu()[None].to(dtype)
+    error = (minmax_transcam(maps)[0].double() - data["norm_cam"]).abs().flatten(1)
+    assert (error.sort(1).values[:, :-2] < 1e-5).all(), "all but two pixels of a class"
+    if dtype == torch.float64:
+        assert error.max() < 1e-9
+
+
+def test_minmax_of_transcam_by_hand():
+    maps = torch.tensor([[0.0, 1, 4], [2, 3, 6], [5, 5, 5]], dtype=torch.float64)[None, :, None]
+    scaled = minmax_transcam(maps)[0, :, 0]
+    assert scaled[0].tolist() == pytest.approx([-1e-5 / 4, 0.25, 1], abs=1e-5) and scaled[0, 0] < 0 and scaled[0, 2] < 1
+    assert scaled[1].tolist() == pytest.approx([-2 / 4, 0.25, 1], abs=1e-5), "a positive minimum falls far below 0"
+    assert (scaled[2] < -1e5).all(), "a constant map"
+
+
+def test_sums_cancel_across_scales_and_are_rectified_once():
+    """(1, -2) at one scale and (1, 1) at the other: the second pixel of the sum is negative."""
+    images = [torch.rand(1, 3, side, side) for side in (4, 8)]
+    maps = iter([torch.tensor([1.0, -2]), torch.tensor([1.0, 1])])
+    forward = lambda inputs: {"cam": next(maps).view(1, 1, 1, 2), "other": torch.zeros(1)}
+    found = multi_scale_sum(forward, images, ["cam"], (1, 2), flip=False)
+    assert set(found) == {"cam"}
+    assert found["cam"].flatten().tolist() == pytest.approx([1, 0], abs=1e-4)
+
+
+def test_the_sum_of_a_mirror_image_is_the_mirrored_sum():
+    torch.manual_seed(0)
+    kernel, images = torch.randn(4, 3, 4, 4), [torch.rand(2, 3, side, side) for side in (16, 24)]
+    forward = lambda inputs: {"cam": torch.nn.functional.conv2d(inputs, kernel, stride=4)}
+    straight = multi_scale_sum(forward, images, ["cam"], (10, 12))["cam"]
+    mirrored = multi_scale_sum(forward, [image.flip(-1) for image in images], ["cam"], (10, 12))["cam"]
+    torch.testing.assert_close(straight, mirrored.flip(-1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(straight, multi_scale_sum(forward, images, ["cam"], (10, 12), flip=False)["cam"])
+
+
+def test_a_sum_needs_images():
+    with pytest.raises(ValueError, match="multi_scale_sum: no inputs; give the images at one scale or more"):
+        multi_scale_sum(dict, [], ["cam"], (4, 4))
+    with pytest.raises(ValueError, match=r"multi_scale_sum: images have shape \(3, 8, 8\); expected \(B, 3, H, W\)"):
+        multi_scale_sum(dict, [torch.zeros(3, 8, 8)], ["cam"], (4, 4))
+    with pytest.raises(ValueError, match=r"minmax_transcam: maps have shape \(3, 3\)"):
+        minmax_transcam(torch.zeros(3, 3))

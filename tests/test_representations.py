@@ -1,16 +1,21 @@
-"""What is said of tokens, on tokens whose answer is known."""
+"""What is said of tokens, patches and activations, on networks whose answer is known."""
 
 import numpy as np
 import pytest
 import torch
+from conformers import small_conformer
 from torch import nn
 
 from wsss.data import Sample
+from wsss.data.scenes import Scenes
+from wsss.data.transforms import normalise
 from wsss.methods.apc import pool
+from wsss.methods.transcam import TransCAM, TransCAMConfig
 from wsss.representations import (
     DistanceStream,
     boundary_band,
     depths,
+    describe_activation,
     describe_patches,
     describe_sizes,
     describe_tokens,
@@ -244,3 +249,89 @@ def test_larger_images_cost_more_and_show_more():
     first, second, third = (3 * (side // 4) ** 2 * 4 / 2**20 for side in (8, 16, 32))  # what the product keeps
     assert told["size_memory_mb"] == [round(v + 4 / 2**20, 2) for v in (first, second, third)]
     assert describe_sizes(Blurred(), Squares(), 6, [16])["size_miou"] == told["size_miou"][1:2]
+
+
+# --------------------------------------------------------------------------------------------------------- activation
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Images of 16 x 16 of the classes a (above) and b (below, but in the first image), with a void column."""
+
+    classes = ("a", "b")
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        mask = torch.zeros(16, 16, dtype=torch.int64)
+        mask[1:7, 2:9] = 1
+        mask[9:15, 5:12] = 2 if index else 0
+        mask[:, 15] = 255
+        image = torch.full((3, 16, 16), index, dtype=torch.uint8)
+        return Sample(image, torch.tensor([1.0, float(index > 0)]), mask, str(index))
+
+
+class Active(nn.Module):
+    """Attention and maps on patches of 4 x 4 pixels, random but the same for an image whenever it comes."""
+
+    class backbone:
+        patch_size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.weight, random = nn.Parameter(torch.zeros(())), torch.Generator().manual_seed(0)
+        self.attention = torch.rand(3, 4, 4, generator=random)
+        self.values = {name: torch.randn(3, 2, 4, 4, generator=random) for name in ("cam", "transcam")}
+        self.levels = normalise(torch.arange(3, dtype=torch.uint8)[None, :, None].expand(3, -1, 1))[0, :, 0]
+
+    def index(self, images):
+        assert not torch.is_grad_enabled() and not self.training
+        return (images[:, 0, 0, 0, None] - self.levels).abs().argmin(1)
+
+    def received_attention(self, images):
+        return self.attention[self.index(images)]
+
+    def maps(self, images):
+        chosen = self.index(images)
+        return {name: values[chosen] for name, values in self.values.items()} | {
+            "class_logits": torch.zeros(len(images), 2, 1, 1)
+        }
+
+
+def test_activation_against_loops():
+    method, found = Active(), {}
+    for index in range(3):
+        sample = Pairs()[index]
+        for row, column in np.ndindex(4, 4):
+            cell = sample.mask[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten().tolist()
+            label = max(sorted(set(cell)), key=cell.count)
+            kind = "object" if label > 0 else "background"
+            found.setdefault(f"attention_{kind}", []).append(method.attention[index, row, column].item())
+        for name, values in method.values.items():
+            for c in sample.label.nonzero()[:, 0].tolist():
+                large = torch.nn.functional.interpolate(values[index, c][None, None], (16, 16), mode="bilinear")[0, 0]
+                large = (large - large.min()) / (large.max() - large.min())
+                for row, column in np.ndindex(16, 16):
+                    truth = sample.mask[row, column].item()
+                    kind = {0: "background", c + 1: "object", 255: None}.get(truth, "other")
+                    if kind:
+                        found.setdefault(f"{name}_{kind}", []).append(large[row, column].item())
+    described = describe_activation(method, Pairs(), 3)
+    assert described == {name: pytest.approx(np.mean(values), abs=2e-4) for name, values in found.items()}
+    assert len(described) == 8
+
+
+def test_activation_of_the_first_images_without_another_class():
+    described = describe_activation(Active(), Pairs(), 1)
+    assert described["cam_other"] is None and described["transcam_other"] is None
+    assert described["cam_object"] != describe_activation(Active(), Pairs(), 3)["cam_object"]
+
+
+def test_activation_of_transcam():
+    """A whole network: its attention is a multiple of the mean, so the two places lie on both sides of 1."""
+    torch.manual_seed(0)
+    method = TransCAM(TransCAMConfig(), 10, small_conformer())
+    described = method.describe(Scenes("train", images=3), 2)
+    low, high = sorted(described[f"attention_{place}"] for place in ("background", "object"))
+    assert low < 1 < high
+    assert all(0 <= described[f"{name}_object"] <= 1 for name in ("cam", "transcam"))

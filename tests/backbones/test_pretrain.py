@@ -1,4 +1,4 @@
-"""Pretraining of the tiny backbone: its pieces against loops, and the weights that the repository carries."""
+"""Pretraining of the tiny backbones: its pieces against loops, and the weights that the repository carries."""
 
 import hashlib
 import re
@@ -9,9 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wsss import backbones
 from wsss.backbones import pretrain
-from wsss.backbones.pretrain import Classifier, accuracy, augment, draw_images, pool_region, rectangles
-from wsss.backbones.vit import TINY, TINY_WEIGHTS, MultiTokenViT
+from wsss.backbones.conformer import TINY_CONFORMER
+from wsss.backbones.pretrain import (
+    CLASSIFIERS,
+    ConformerClassifier,
+    ResNetClassifier,
+    ViTClassifier,
+    accuracy,
+    augment,
+    draw_images,
+    pool_region,
+    rectangles,
+)
+from wsss.backbones.resnet38 import TINY_RESNET
+from wsss.backbones.vit import TINY
 from wsss.data.scenes import PRETRAINING_CLASSES, pretraining_image
 from wsss.data.transforms import STD
 
@@ -89,7 +102,7 @@ def test_pool_region_against_a_loop():
 
 def test_pixels_are_pasted_in_whole_patches(monkeypatch):
     seen = {}
-    model = Classifier()
+    model = ViTClassifier()
 
     def spy(images, kept):
         seen.update(images=images, kept=kept)
@@ -109,7 +122,7 @@ def test_pixels_are_pasted_in_whole_patches(monkeypatch):
 
 
 def test_each_region_is_classified_with_the_label_of_its_image(monkeypatch):
-    model, labels = Classifier(), torch.tensor([3, 5])
+    model, labels = ViTClassifier(), torch.tensor([3, 5])
     region = torch.zeros(2, 8, 8, dtype=torch.bool)
     region[0, :4] = True  # half of image 0 comes from image 1
 
@@ -129,15 +142,51 @@ def test_each_region_is_classified_with_the_label_of_its_image(monkeypatch):
     torch.testing.assert_close(model.loss(images, labels, seeded()), (first + second) / 2)
 
 
-def test_the_loss_is_finite_and_reaches_every_weight():
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_loss_is_finite_and_reaches_every_weight(name):
     torch.manual_seed(0)
-    model = Classifier()
+    model = CLASSIFIERS[name][0]()
     images, labels = torch.randn(6, 3, 64, 64, generator=seeded()), torch.arange(6)
-    loss = model.loss(images, labels, seeded())
-    loss.backward()
-    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert torch.equal(loss, model.loss(images, labels, seeded())), "a function of the generator"
-    assert all(model.loss(images, labels, seeded(seed)).isfinite() for seed in range(10)), "whatever the regions"
+
+    def loss(seed=0):
+        torch.manual_seed(0)  # of drop path
+        return model.loss(images, labels, seeded(seed))
+
+    first = loss()
+    first.backward()
+    assert first.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert torch.equal(first, loss()), "a function of the generators"
+    assert all(loss(seed).isfinite() for seed in range(10)), "whatever the regions"
+
+
+@pytest.mark.parametrize("classifier, kinds", [(ViTClassifier, 1), (ConformerClassifier, 2), (ResNetClassifier, 1)])
+def test_logits_of_images_and_of_kept_patches(classifier, kinds):
+    torch.manual_seed(0)
+    model, images, kept = classifier().eval(), torch.randn(2, 3, 64, 64), torch.tensor([[5, 0, 63], [1, 62, 9]])
+    with torch.no_grad():
+        whole, part = model(images), model(images, kept)
+    assert [logits.shape for logits in whole] == [(2, CLASSES), *[(2, 64, CLASSES)] * kinds]
+    assert [logits.shape for logits in part] == [(2, CLASSES), *[(2, 3, CLASSES)] * kinds]
+    if classifier.DROP:
+        assert not torch.equal(part[0], whole[0]), "patches that are dropped are not seen"
+        return
+    assert torch.equal(part[0], whole[0])
+    for of_all, of_kept in zip(whole[1:], part[1:]):
+        for image, row in enumerate(kept):
+            assert torch.equal(of_kept[image], of_all[image, row])
+
+
+@pytest.mark.parametrize("classifier", [ConformerClassifier, ResNetClassifier])
+def test_patches_of_a_map_stand_row_by_row(classifier):
+    """A bright patch changes the logits most at most one patch from its place."""
+    torch.manual_seed(0)
+    model, image = classifier().eval(), torch.zeros(1, 3, 64, 64)
+    bright = image.clone()
+    bright[..., 8:16, 48:56] = 4  # row 1, column 6
+    with torch.no_grad():
+        changes = [(b - a).square().sum(2)[0] for a, b in zip(model(image)[1:], model(bright)[1:])]
+    row, column = divmod(changes[0].argmax().item(), 8)
+    assert abs(row - 1) <= 1 and abs(column - 6) <= 1
 
 
 def test_accuracy_counts_the_centre_crop():
@@ -152,28 +201,43 @@ def test_accuracy_counts_the_centre_crop():
     assert accuracy(Fake(), images, torch.tensor([1, 1, 0, 0])) == (0.75, 0.25)
 
 
-def test_a_tiny_pretraining_gives_weights_that_load(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_tiny_pretraining_gives_weights_that_load(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "TRAIN_IMAGES", 64)
     monkeypatch.setattr(pretrain, "VAL_IMAGES", 16)
-    out = tmp_path / "new" / f"{TINY}.safetensors"
-    pretrain.pretrain(epochs=1, batch_size=16, lr=1e-3, seed=1, out=out)
-    assert {path.name for path in out.parent.iterdir()} == {f"{TINY}.safetensors", f"{TINY}.log.csv"}
+    out = tmp_path / "new" / f"{name}.safetensors"
+    pretrain.pretrain(name, epochs=1, batch_size=16, lr=1e-3, seed=1, out=out)
+    assert {path.name for path in out.parent.iterdir()} == {f"{name}.safetensors", f"{name}.log.csv"}
     command, header, row = out.with_suffix(".log.csv").read_text().splitlines()
-    assert command.startswith("wsss pretrain --epochs 1 --batch-size 16 --lr 0.001 --seed 1  (torch ")
+    named = "" if name == TINY else f"--backbone {name} "
+    assert command.startswith(f"wsss pretrain {named}--epochs 1 --batch-size 16 --lr 0.001 --seed 1  (torch ")
     assert header == "epoch,loss,accuracy_class_token,accuracy_patches,seconds"
     assert re.fullmatch(r"1,\d+\.\d{4},[01]\.\d{4},[01]\.\d{4},\d+", row) and row in capsys.readouterr().out
     assert out.stat().st_mode & 0o777 == 0o644
     weights = load_file(out)
-    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert {value.dtype for value in weights.values()} == {torch.float16} | (set() if name == TINY else {torch.int64})
+    assert not any("head" in key for key in weights)
     monkeypatch.setattr("wsss.backbones.vit.TINY_WEIGHTS", out)
-    vit = MultiTokenViT(TINY, class_tokens=2)
-    assert torch.equal(vit.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"].float())
+    monkeypatch.setattr("wsss.backbones.conformer.TINY_CONFORMER_WEIGHTS", out)
+    monkeypatch.setitem(backbones.resnet38.WEIGHTS, TINY_RESNET, out)
+    built = backbones.build(name).state_dict()
+    same = set(weights) - {"cls_token", "pos_embed"} if name == TINY else set(weights)
+    assert same and all(torch.equal(built[key], weights[key].to(built[key].dtype)) for key in same)
+
+
+def test_class_token_and_positions_of_the_vision_transformer_are_repeated():
+    weights, vit = load_file(CLASSIFIERS[TINY][1]), backbones.build(TINY, class_tokens=2)
+    assert torch.equal(vit.cls_token, weights["cls_token"].float().expand_as(vit.cls_token))
     assert torch.equal(vit.pos_embed[:, 2:], weights["pos_embed"][:, 1:].float())
 
 
-def test_the_committed_weights_are_those_that_the_readme_states():
-    [stated] = re.findall(rf"{TINY}\.safetensors +sha256 ([0-9a-f]{{64}})", README.read_text())
-    assert hashlib.sha256(TINY_WEIGHTS.read_bytes()).hexdigest() == stated
-    command, _, *epochs = TINY_WEIGHTS.with_suffix(".log.csv").read_text().splitlines()
+@pytest.mark.parametrize("name", [TINY, TINY_CONFORMER, TINY_RESNET])
+def test_the_committed_weights_are_those_that_the_readme_states(name):
+    file = backbones.TINY_FILES[name]
+    assert file == CLASSIFIERS[name][1] and file.name == f"{name}.safetensors"
+    [stated] = re.findall(rf"{name}\.safetensors +sha256 ([0-9a-f]{{64}})", README.read_text())
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == stated
+    command, _, *epochs = file.with_suffix(".log.csv").read_text().splitlines()
     assert command.split("  (")[0] in README.read_text() and f"--epochs {len(epochs)} " in command
     assert min(float(accuracy) for accuracy in epochs[-1].split(",")[2:4]) > 0.95
+    assert file.stat().st_size < 2_500_000

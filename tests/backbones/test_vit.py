@@ -143,3 +143,13 @@ def test_gradients_reach_every_parameter():
 
 def test_tiny_vit_is_the_pretrained_architecture():
     assert set(tiny_vit(64).state_dict()) >= {"pos_embed", "cls_token", "norm.weight"}
+
+
+def test_a_checkpoint_brings_the_grid_of_positions_that_its_run_started_from():
+    trained = MultiTokenViT(class_tokens=2, registers=1, image_size=80).eval()  # 8 x 8 positions, those of the weights
+    empty = MultiTokenViT(class_tokens=2, registers=1, image_size=80, pretrained=False).eval()
+    assert empty.native_grid != trained.native_grid
+    empty.load_state_dict(trained.state_dict())
+    images = torch.randn(2, 3, 80, 80)
+    with torch.no_grad():
+        assert torch.equal(empty(images).patches, trained(images).patches)

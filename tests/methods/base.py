@@ -1,4 +1,4 @@
-"""What every method must do, as a class of tests to derive from."""
+"""What every method must do, as classes of tests to derive from."""
 
 import io
 
@@ -12,10 +12,11 @@ CLASSES = 3
 SIDE = 64  # pixels, 8 x 8 patches
 
 
-class MethodTester:
-    """The three faces of a method, on a small network without pretrained weights.
+class ClassifierTester:
+    """Losses and maps of a method, on a small network without pretrained weights, whose grid has 8 x 8 cells.
 
-    A test class derives from it and sets `name` (of the method) and `settings` (all terms on at step 0).
+    A test class derives from it, sets `name` (of the method) and `settings` (all terms on at step 0), and makes its
+    `backbone`.
     """
 
     name: str
@@ -23,16 +24,13 @@ class MethodTester:
     terms: set[str]  # the names of all terms
     always: set[str]  # those that no weight switches off
 
+    def backbone(self, method):
+        raise NotImplementedError
+
     def make(self, **settings):
         torch.manual_seed(0)
         method = methods.find(self.name)
-        backbone = MultiTokenViT(
-            class_tokens=method.class_tokens(CLASSES),
-            registers=2,
-            image_size=SIDE,
-            token_init="noise",
-            pretrained=False,
-        )
+        backbone = self.backbone(method)
         return method(method.Config(**self.settings | settings), CLASSES, backbone)
 
     @pytest.fixture(autouse=True)
@@ -64,11 +62,6 @@ class MethodTester:
         off = {f"weight_{name}": 0.0 for name in self.terms - self.always}
         assert set(self.make(**off).losses(batch, 0)) == self.always
 
-    def test_terms_start_at_their_step(self, batch):
-        late = {key: 5 for key in self.settings if key.endswith("_start")}
-        method = self.make(**late)
-        assert set(method.losses(batch, 4)) < set(method.losses(batch, 5)) == self.terms
-
     def test_maps_have_one_channel_per_class(self, method, batch):
         maps = method.eval().maps(batch["image"])
         assert maps.pop("class_logits").shape == (2, CLASSES, 1, 1)
@@ -78,11 +71,9 @@ class MethodTester:
 
     def test_maps_follow_the_size_of_the_image(self, method, batch):
         wide = torch.nn.functional.interpolate(batch["image"], size=(48, 80))
-        assert method.eval().maps(wide)["cam"].shape == (2, CLASSES, 6, 10)
-
-    def test_segment_has_a_background_channel_or_there_is_no_decoder(self, method, batch):
-        assert method.eval().segment(batch["image"]).shape == (2, CLASSES + 1, 8, 8)
-        assert self.make(weight_seg=0.0).segment(batch["image"]) is None
+        assert {name: maps.shape for name, maps in method.eval().maps(wide).items() if name != "class_logits"} == {
+            name: (2, CLASSES, 6, 10) for name in method.map_names if name != "fused"
+        }
 
     def test_every_parameter_gets_a_gradient(self, method, batch):
         sum(method.losses(batch, 0).values()).backward()
@@ -101,6 +92,9 @@ class MethodTester:
             history.append(loss.item())
         assert min(history[-3:]) < 0.9 * history[0]
 
+    def outcome(self, method, images):
+        return method.maps(images)
+
     def test_evaluation_is_deterministic_and_survives_saving(self, method, batch):
         file = io.BytesIO()
         torch.save(method.state_dict(), file)
@@ -110,9 +104,7 @@ class MethodTester:
             torch.nn.init.normal_(parameter)
         copy.load_state_dict(torch.load(file))
         with torch.no_grad():
-            outcomes = [
-                m.eval().maps(batch["image"]) | {"decoder": m.segment(batch["image"])} for m in (method, method, copy)
-            ]
+            outcomes = [self.outcome(m.eval(), batch["image"]) for m in (method, method, copy)]
         for name, value in outcomes[0].items():
             assert all(torch.equal(value, other[name]) for other in outcomes[1:]), name
 
@@ -122,6 +114,31 @@ class MethodTester:
             sum(terms.values()).backward()
             assert all(value.isfinite() for value in terms.values())
             assert all(p.grad.isfinite().all() for p in method.parameters() if p.requires_grad)
+
+
+class MethodTester(ClassifierTester):
+    """The three faces of a method of one stage, on a vision transformer: it makes its own seeds, and has a decoder."""
+
+    def backbone(self, method):
+        return MultiTokenViT(
+            class_tokens=method.class_tokens(CLASSES),
+            registers=2,
+            image_size=SIDE,
+            token_init="noise",
+            pretrained=False,
+        )
+
+    def outcome(self, method, images):
+        return method.maps(images) | {"decoder": method.segment(images)}
+
+    def test_terms_start_at_their_step(self, batch):
+        late = {key: 5 for key in self.settings if key.endswith("_start")}
+        method = self.make(**late)
+        assert set(method.losses(batch, 4)) < set(method.losses(batch, 5)) == self.terms
+
+    def test_segment_has_a_background_channel_or_there_is_no_decoder(self, method, batch):
+        assert method.eval().segment(batch["image"]).shape == (2, CLASSES + 1, 8, 8)
+        assert self.make(weight_seg=0.0).segment(batch["image"]) is None
 
     def test_supervision_has_no_gradient_and_one_scale_needs_one_pass(self, method, batch):
         """With one scale and no mirror the maps that supervise are those of the training pass."""
