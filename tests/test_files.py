@@ -34,7 +34,7 @@ def test_old_content_stays_when_writing_fails_and_no_temporary_file_does(tmp_pat
         monkeypatch.setattr(broken, half)
     else:
         monkeypatch.setattr(broken, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"record.json: cannot be written \(No space left on device\). What it held is"):
         write_atomic(path, "new content")
     monkeypatch.undo()
     assert path.read_text() == "old"

@@ -18,6 +18,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_data(commands)
     _add_reproduce(commands)
+    _add_plan(commands)
+    _add_submit(commands)
     _add_pretrain(commands)
     return parser
 
@@ -34,6 +36,36 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("reproduce", help="run the notebooks in a batch and write every table")
     reproduce.add_arguments(parser)
     parser.set_defaults(run=reproduce.command)
+
+
+def _add_submit(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("submit", help="write the archive of a network's predictions for the VOC test server")
+    parser.add_argument("folder", type=Path, help="folder of a finished run with its weights")
+    parser.add_argument("file", type=Path, help="archive to write: .tar, .tar.gz or .tgz")
+    parser.add_argument("--root", metavar="PATH", help="folder that holds VOCdevkit/VOC2012 (default: data/voc2012)")
+    parser.add_argument("--crf", action="store_true", help="refine the predictions by the run's CRF")
+    parser.set_defaults(run=_submit)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from wsss.submit import command
+
+    return command(arguments)
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    from wsss import reproduce
+
+    parser = commands.add_parser("plan", help="say what a reproduction takes: runs, hours and memory, table by table")
+    reproduce.add_choice(parser)
+    parser.add_argument("--gpu", metavar="NAME", help='for example "A100" (default: this machine, or the papers\' RTX 3090)')
+    parser.set_defaults(run=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from wsss import plan
+
+    return plan.command(arguments)
 
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:

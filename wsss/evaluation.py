@@ -305,6 +305,26 @@ def predict_masks(
     return predictions
 
 
+@torch.no_grad()
+def label_maps(
+    method: Method,
+    batches: Iterable[list[Sample]],
+    request: Request,
+    config: EvalConfig,
+    device: str | torch.device = "cpu",
+    crf_workers: int | None = 1,
+) -> Iterator[tuple[Sample, Tensor]]:
+    """The images of `batches`, each of one size, with the label maps int64 (H, W) that a request asks for, streamed."""
+    method.eval()
+    scored = ((samples, all_scores(method, samples, {request.map}, config, device)) for samples in batches)
+    if request.crf:
+        jobs = (pair for samples, scores in scored for pair in zip(samples, crf_inputs(request, scores, samples)))
+        yield from stream_crf(jobs, config.crf, workers=crf_workers)
+    else:
+        for samples, scores in scored:
+            yield from zip(samples, predict_masks(request, scores, samples, config))
+
+
 def crf_inputs(request: Request, scores: Mapping[str, Tensor], samples: Sequence[Sample]) -> list[CRFJob]:
     """What the CRF of a request is given. It sees only the classes that may appear: it is faster, and absent ones are no
     rivals.

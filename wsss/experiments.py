@@ -15,6 +15,8 @@ import os
 import platform
 import resource
 import subprocess
+import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from itertools import count, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import pandas as pd
@@ -32,14 +35,19 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from wsss import backbones, methods, states
+from wsss.backbones.weights import FINGERPRINT, fingerprint
 from wsss.data import Sample, load_dataset
+from wsss.engines import cores
 from wsss.evaluation import DECODER, EvalConfig, Request, evaluate
 from wsss.files import write_json
 from wsss.floors import floors, sentence
 from wsss.methods.common import Method
 from wsss.metrics import Scores, ThresholdSweep
 from wsss.stages import Trained, affinity_labels, pseudo_masks, relabel, score_masks
-from wsss.training import TrainConfig, load_checkpoint, train
+from wsss.training import TrainConfig, check_total_batch, load_checkpoint, train
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 RECIPES = Path(__file__).parent / "recipes"
 RECIPE_DATASETS = {"embedded": "embedded", "voc2012": "voc2012", "voc2012-cpu": "voc2012", "coco2014": "coco2014"}
@@ -48,9 +56,14 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The fields of a recipe that build the backbone; all but the first are of vision transformers, see `MultiTokenViT`."""
+    """The fields of a recipe that build the backbone: its name and, for vision transformers, what `MultiTokenViT` takes.
+
+    Attributes:
+        weights: file with weights to start from; "" takes those that belong to the name.
+    """
 
     backbone: str
+    weights: str = field(default="", metadata={"optional": True})
     registers: int = field(default=0, metadata={"optional": True})
     token_init: str = field(default="copy", metadata={"optional": True})
     pos_resize: str = field(default="bicubic", metadata={"optional": True})
@@ -121,7 +134,7 @@ def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
         entries |= {name: entry for name, entry in layer.items() if name not in ("variant", "like")}
     known = _field_names(method)
     for name, entry in entries.items():
-        _require_known(name, known, f"{method}.toml")
+        check_known(name, known, f"{method}.toml")
         if not isinstance(entry, dict) or set(entry) != {"value", "source"}:
             raise ValueError(f"{method}.toml: {name} needs exactly `value` and `source`, not {entry}")
     missing = sorted(known - set(entries) - set(_optional(method)))
@@ -143,11 +156,12 @@ def _field_names(method: str) -> set[str]:
     return {f.name for config in _configs(method) for f in fields(config)} - {"variant"}
 
 
-def _require_known(name: str, known: set[str], where: str) -> None:
+def check_known(name: str, known: set[str], where: str, what: str = "recipe field") -> None:
+    """Raise ValueError, which names the nearest one, where `name` is none of the `known`."""
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(sorted(known))}"
-        raise ValueError(f"{where}: unknown recipe field `{name}`; {hint}")
+        raise ValueError(f"{where}: unknown {what} `{name}`; {hint}")
 
 
 def recipe_table(method: str, dataset: str) -> pd.DataFrame:
@@ -203,7 +217,7 @@ class Experiment:
         types = {f.name: f.type for config in _configs(self.method) for f in fields(config)}
         defaults = _optional(self.method)
         for name, value in self.overrides:
-            _require_known(name, {*recipe, *defaults}, "overrides")
+            check_known(name, {*recipe, *defaults}, "overrides")
             old = recipe[name] if name in recipe else defaults[name]
             numbers = isinstance(old, int | float) and isinstance(value, int if types[name] is int else int | float)
             if isinstance(old, bool) != isinstance(value, bool) or not (numbers or isinstance(value, type(old))):
@@ -212,10 +226,22 @@ class Experiment:
                 recipe[name] = value
         return recipe
 
+    def kept_recipe(self) -> dict[str, object]:
+        """The recipe as records keep it: `weights` is what the file holds, wherever it lies (or what a record says of it).
+
+        Raises:
+            FileNotFoundError: the recipe names weights, and there is no such file.
+        """
+        recipe = self.recipe()
+        weights = recipe.get("weights")
+        if not weights or weights.startswith(FINGERPRINT):
+            return recipe
+        return recipe | {"weights": fingerprint(weights)}
+
     @property
     def key(self) -> str:
-        """Eight hexadecimal digits of the content: method, variant, dataset, seed, recipe, tiny weights, and source."""
-        recipe = self.recipe()
+        """Eight hexadecimal digits of the content: method, variant, dataset, seed, recipe, weights, and source."""
+        recipe = self.kept_recipe()
         content = [self.method, self.variant, self.dataset, self.seed, recipe]
         if recipe["backbone"] in backbones.TINY_FILES:
             content.append(hashlib.sha256(backbones.TINY_FILES[recipe["backbone"]].read_bytes()).hexdigest())
@@ -242,6 +268,7 @@ class Experiment:
         backbone = backbones.build(
             b.backbone,
             pretrained,
+            b.weights,
             class_tokens=cls.class_tokens(num_classes),
             registers=b.registers,
             image_size=self.recipe()["crop"],
@@ -325,6 +352,13 @@ class Record:
             )
         return cls(**json.loads((folder / "record.json").read_text()))
 
+    def experiment(self, runs: Path) -> Experiment:
+        """What this is the record of; `runs` is the folder of the run, where those that it builds on lie as well."""
+        source = Record.read(Path(runs) / self.source).experiment(runs) if self.source else None
+        plain = Experiment(self.method, self.variant, self.dataset, self.seed, self.arm, source=source)
+        base = plain.recipe()
+        return replace(plain, overrides=tuple(item for item in self.recipe.items() if item not in base.items()))
+
 
 def read_state(folder: Path) -> dict:
     """A run's true state: absent, running, failed (with `error`), killed, or done."""
@@ -366,24 +400,89 @@ def _cpu_lines() -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- runs
 
 
-def run(experiment: Experiment, runs: Path, data_root: str | None = None, progress: bool = True) -> Record:
+def run(
+    experiment: Experiment,
+    runs: Path,
+    data_root: str | None = None,
+    progress: bool = True,
+    devices: int = 1,
+    accumulate: int = 1,
+) -> Record:
     """Train and score one experiment, or return its record when it is done; goes on where a killed run stopped.
 
     On a CPU every run uses one thread, so that its bits do not depend on how many run side by side.
+
+    Args:
+        devices: GPUs that share every batch, or CPU cores where there is no GPU, with a process each.
+        accumulate: parts in which each of them takes its share, one after the other, to save memory. See
+            `wsss.training.train` for what depends on both.
+
+    Raises:
+        ValueError: the recipe's total batch cannot be cut like this, or there are fewer devices.
+        RuntimeError: one of several processes failed; the message has its error.
     """
+    _check_devices(devices)
+    check_total_batch(experiment.config(TrainConfig), devices, accumulate)
     folder = Path(runs) / experiment.name
-    with _lock(folder):
+    with _lock(folder) as lock:
         if read_state(folder)["state"] == "done":
             return _labelled(Record.read(folder), experiment)
         write_json(folder / "state.json", {"state": "running", "pid": os.getpid()})
         try:
-            record = _run(experiment, folder, data_root, progress)
+            if devices > 1:
+                _start_shares(experiment, runs, data_root, devices, accumulate, lock)
+            else:
+                record = _run(experiment, folder, data_root, progress, accumulate=accumulate)
+                write_json(folder / "record.json", asdict(record))
         except BaseException as error:
             write_json(folder / "state.json", {"state": "failed", "error": f"{type(error).__name__}: {error}"})
             raise
-        write_json(folder / "record.json", asdict(record))
         write_json(folder / "state.json", {"state": "done"})
-    return record
+    return _labelled(Record.read(folder), experiment)
+
+
+def _check_devices(devices: int) -> None:
+    gpus = torch.cuda.device_count()
+    there, kind = (gpus, "GPUs") if gpus else (cores(), "CPU cores and no GPU")
+    if not 1 <= devices <= there:
+        raise ValueError(
+            f"devices = {devices}: this machine has {there} {kind}; ask for 1 to {there}, and accumulate the rest of the "
+            "batch (`accumulate`)"
+        )
+
+
+def _start_shares(
+    experiment: Experiment, runs: Path, data_root: str | None, devices: int, accumulate: int, lock: TextIO
+) -> None:
+    """Train and score in processes of their own (`run_share`), which torchrun starts, and ends when one of them fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = write_json(Path(scratch) / "experiment.json", asdict(experiment))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+        command += ["-m", "wsss.launch", str(file), f"--runs={runs}", f"--accumulate={accumulate}"]
+        command += [f"--data={data_root}"] if data_root else []
+        threads = {"OMP_NUM_THREADS": "1"} | os.environ
+        # They hold the folder's lock too: should this process be killed, nobody else trains beside them.
+        process = subprocess.Popen(command, env=threads, pass_fds=(lock.fileno(),))
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # torchrun hands it on
+            process.wait()
+            raise
+        if code:
+            errors = sorted(Path(scratch).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+            found = errors[0].read_text() if errors else f"they ended with exit code {code}; see what they printed"
+            raise RuntimeError(f"one of {devices} processes failed: {found}")
+
+
+def run_share(
+    experiment: Experiment, runs: Path, data_root: str | None, fabric: "Fabric", accumulate: int
+) -> None:
+    """What each of the processes of a `run` does: train with the others. The first one scores and writes the record."""
+    folder = Path(runs) / experiment.name
+    record = _run(experiment, folder, data_root, fabric.is_global_zero, fabric, accumulate)
+    if record:
+        write_json(folder / "record.json", asdict(record))
 
 
 def train_experiment(
@@ -393,17 +492,20 @@ def train_experiment(
     progress: bool = True,
     observe: Callable[[int, Method], None] | None = None,
     runs: Path | None = None,
+    fabric: "Fabric | None" = None,
+    accumulate: int = 1,
 ) -> tuple[Method, Dataset[Sample], list[dict]]:
     """Build and train the method of an experiment; returns it with its training data and its history.
 
     Args:
         observe: is called with (steps done, method) after every step.
         runs: folder of the runs, which a later stage needs: there lies its source, and there go its label maps.
+        fabric, accumulate: how every batch is shared, see `wsss.training.train`.
 
     Raises:
         FileNotFoundError: the source of a later stage is not there; the message says how to make it.
     """
-    device = _device()
+    device = fabric.device if fabric else _device()
     torch.set_num_threads(1)
     torch.manual_seed(experiment.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -413,10 +515,22 @@ def train_experiment(
     if experiment.source:
         if runs is None:
             raise ValueError(f"{experiment.method} learns from another run: pass `runs`, the folder of the runs")
-        dataset = _relabelled(experiment, method, dataset, Path(runs), progress)
+        with fabric.rank_zero_first() if fabric else contextlib.nullcontext():
+            dataset = _relabelled(experiment, method, dataset, Path(runs), progress)
     config, workers = experiment.config(TrainConfig), 0 if source == "embedded" else min(4, os.cpu_count() or 1)
     history = train(
-        method, dataset, config, experiment.seed, checkpoint, experiment.name, device, workers, progress, observe
+        method,
+        dataset,
+        config,
+        experiment.seed,
+        checkpoint,
+        experiment.name,
+        device,
+        workers,
+        progress,
+        observe,
+        fabric,
+        accumulate,
     )
     return method, dataset, history
 
@@ -473,11 +587,24 @@ def _crf_workers(experiment: Experiment) -> int | None:
     return 1 if experiment.recipe()["backbone"] in backbones.TINY_FILES else None
 
 
-def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: bool) -> Record:
+def _run(
+    experiment: Experiment,
+    folder: Path,
+    data_root: str | None,
+    progress: bool,
+    fabric: "Fabric | None" = None,
+    accumulate: int = 1,
+) -> Record | None:
+    """Train and score; of several processes the first one returns the record."""
     start, runs = time.perf_counter(), folder.parent
     method, dataset, history = train_experiment(
-        experiment, data_root, folder / "checkpoint.pt", progress, runs=runs
+        experiment, data_root, folder / "checkpoint.pt", progress, runs=runs, fabric=fabric, accumulate=accumulate
     )
+    layout = {"processes": fabric.world_size if fabric else 1, "accumulate": accumulate}
+    if fabric:
+        torch.distributed.destroy_process_group()
+        if not fabric.is_global_zero:
+            return None
     device = next(method.parameters()).device
     metrics, tokens = score(experiment, method, data_root, device, progress, runs)
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else _peak_memory_mb()
@@ -491,8 +618,8 @@ def _run(experiment: Experiment, folder: Path, data_root: str | None, progress: 
         experiment.seed,
         experiment.arm,
         experiment.key,
-        experiment.recipe(),
-        environment(device),
+        experiment.kept_recipe(),
+        environment(device) | {name: number for name, number in layout.items() if number != 1},
         history,
         metrics,
         tokens,
@@ -585,7 +712,7 @@ def _peak_memory_mb() -> float:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[TextIO]:
     """Hold a run's folder, so that two notebooks that need one run train it once; freed by the system after a kill."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -596,7 +723,7 @@ def _lock(folder: Path) -> Iterator[None]:
         ) from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
 
 
 def run_all(

@@ -11,6 +11,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
 
     Raises:
         PermissionError: the folder cannot be written; the message names it and the remedy.
+        OSError: the disk is full; so does the message.
     """
     path = Path(path)
     try:
@@ -26,8 +27,11 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
             file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            told = f"{path}: cannot be written ({error.strerror}). What it held is still there; free space and start again"
+            raise OSError(error.errno, told) from error
         raise
     return path
 

@@ -24,8 +24,7 @@ from wsss.evaluation import (
     Request,
     all_scores,
     batches_of_one_size,
-    crf_inputs,
-    predict_masks,
+    label_maps,
     stream_crf,
 )
 from wsss.files import write_atomic
@@ -106,14 +105,7 @@ def pseudo_masks(
         yield from _smoothed(last, walked, workers) if crf else walked
         return
     request = Request("maps-given-labels", last.method.mask_map, crf)
-    scored = ((s, all_scores(last.method.eval(), s, {request.map}, last.config, last.device)) for s in batches)
-    if crf:
-        jobs = (pair for samples, scores in scored for pair in zip(samples, crf_inputs(request, scores, samples)))
-        yield from stream_crf(jobs, last.config.crf, workers=workers)
-    else:
-        yield from (
-            pair for samples, scores in scored for pair in zip(samples, predict_masks(request, scores, samples, last.config))
-        )
+    yield from label_maps(last.method, batches, request, last.config, last.device, workers)
 
 
 def given_maps(seeds: Trained, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:

@@ -17,21 +17,22 @@ TINY_FILES: dict[str, Path] = {
 _STRIDES = {TINY: 8, TINY_CONFORMER: 8, TINY_RESNET: 4, RESNET: 8}
 
 
-def build(name: str, pretrained: bool = True, **vit: object) -> nn.Module:
+def build(name: str, pretrained: bool = True, weights: str | Path = "", **vit: object) -> nn.Module:
     """The backbone `name`, with its pretrained weights unless told otherwise.
 
     Args:
+        weights: file to take them from; "" takes those that belong to the name.
         vit: what `MultiTokenViT` takes besides; the other networks have no such settings.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or weights of another network; the message says what the file has and lacks.
         FileNotFoundError: there are no weights.
     """
     if name.startswith("conformer"):
-        return build_conformer(name, pretrained)
+        return build_conformer(name, pretrained, weights)
     if name in SIZES:
-        return build_resnet38(name, pretrained)
-    return MultiTokenViT(name, pretrained=pretrained, **vit)
+        return build_resnet38(name, pretrained, weights)
+    return MultiTokenViT(name, pretrained=pretrained, weights=weights, **vit)
 
 
 def stride(name: str) -> int:

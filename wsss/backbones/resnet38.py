@@ -189,11 +189,12 @@ class ResNet38(nn.Module):
         return self
 
 
-def build_resnet38(name: str, pretrained: bool = True) -> ResNet38:
+def build_resnet38(name: str, pretrained: bool = True, weights: str | Path = "") -> ResNet38:
     """The network of the paper's size, "resnet38", or that of the embedded benchmark, "resnet38_tiny_scenes".
 
     Args:
-        pretrained: load the weights in `data/`, see `WEIGHTS`.
+        pretrained: load weights.
+        weights: the file that holds them; "" takes that in `data/`, see `WEIGHTS`.
 
     Raises:
         ValueError: unknown name, or weights of another network.
@@ -201,6 +202,6 @@ def build_resnet38(name: str, pretrained: bool = True) -> ResNet38:
     """
     if name not in SIZES:
         raise ValueError(f"backbone {name!r} is unknown; choose one of {', '.join(SIZES)}")
-    if pretrained and not WEIGHTS[name].exists():
+    if pretrained and not weights and not WEIGHTS[name].exists():
         raise FileNotFoundError(f"{WEIGHTS[name]} is missing: {REMEDY[name]}")
-    return ResNet38(**SIZES[name], pretrained=WEIGHTS[name] if pretrained else None)
+    return ResNet38(**SIZES[name], pretrained=(weights or WEIGHTS[name]) if pretrained else None)

@@ -6,6 +6,7 @@ attention between class and patch tokens. The attention of a tapped block is com
 projections, so that it is there whether or not timm runs a fused attention kernel.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,16 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+
+from wsss.backbones.weights import load_weights, read_weights
 
 TINY = "vit_tiny_scenes"
 TINY_WEIGHTS = Path(__file__).parents[2] / "data" / f"{TINY}.safetensors"
 POSITION_RESIZING = ("antialias", "bicubic", "offset")
 TOKEN_INITS = ("copy", "noise")
+HEADS = ("head.", "head_dist.", "pre_logits.")  # classifiers that files may hold besides
 
 
 class ConvStem(nn.Module):
@@ -97,7 +100,9 @@ class MultiTokenViT(nn.Module):
         pos_resize: how the patches' position embedding follows the image size: "antialias" (timm's way), "bicubic"
             (plain), or "offset" (bicubic with sampling ratio (n + 0.1) / grid, as MoRe's released code has it).
         pretrained: load weights; timm fetches its own, the tiny backbone's are in the repository.
-        vit: a ready timm vision transformer to wrap instead of building `name` (tests, local weights).
+        weights: a file to load instead, under timm's names or those of a code that timm knows; its grid of positions is
+            kept, and `pos_resize` alone brings it to another size.
+        vit: a ready timm vision transformer to wrap instead of building `name` (tests).
     """
 
     def __init__(
@@ -109,12 +114,13 @@ class MultiTokenViT(nn.Module):
         token_init: str = "copy",
         pos_resize: str = "bicubic",
         pretrained: bool = True,
+        weights: str | Path = "",
         vit: VisionTransformer | None = None,
     ):
         super().__init__()
         _choose("token_init", token_init, TOKEN_INITS)
         _choose("pos_resize", pos_resize, POSITION_RESIZING)
-        vit = vit or _build(name, image_size, pretrained)
+        vit = vit or _build(name, image_size, pretrained, weights)
         self.name, self.pos_resize = name, pos_resize
         self.num_class_tokens, self.num_registers = class_tokens, registers
         self.patch_embed, self.blocks, self.norm = vit.patch_embed, vit.blocks, vit.norm
@@ -132,6 +138,14 @@ class MultiTokenViT(nn.Module):
             tokens = tokens + 0.02 * torch.randn_like(tokens)
         self.cls_token = nn.Parameter(tokens)
         self.pos_embed = nn.Parameter(torch.cat([positions, vit.pos_embed.detach()[:, 1:]], 1))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        """Take over the grid of positions that a checkpoint has: it is that of the weights which its run started from."""
+        positions, extra = state_dict.get(f"{prefix}pos_embed"), self.num_registers + self.num_class_tokens
+        side = math.isqrt(max(0, positions.shape[1] - extra)) if positions is not None else 0
+        if side and positions.shape[1] == extra + side * side and positions.shape != self.pos_embed.shape:
+            self.native_grid, self.pos_embed = (side, side), nn.Parameter(torch.empty_like(positions))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding (1, R + C + h*w, D) for a grid of (h, w) patches."""
@@ -203,17 +217,31 @@ class MultiTokenViT(nn.Module):
         return weights, logits[..., split:].sum(1).unflatten(-1, grid)
 
 
-def _build(name: str, image_size: int, pretrained: bool) -> VisionTransformer:
-    if name != TINY:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
-    if not pretrained:
-        return tiny_vit(image_size)
-    if not TINY_WEIGHTS.exists():
-        raise FileNotFoundError(f"{TINY_WEIGHTS} is missing: restore it with git, or make it with `wsss pretrain`")
-    weights = {key: value.float() for key, value in load_file(TINY_WEIGHTS).items()}
-    patches = weights["pos_embed"].shape[1] - 1
-    vit = tiny_vit(8 * round(patches**0.5))
-    vit.load_state_dict(weights)
+def _build(name: str, image_size: int, pretrained: bool, weights: str | Path) -> VisionTransformer:
+    if name == TINY and not weights:
+        weights = TINY_WEIGHTS
+        if pretrained and not weights.exists():
+            raise FileNotFoundError(f"{weights} is missing: restore it with git, or make it with `wsss pretrain`")
+    if pretrained and weights:
+        return _from_file(name, image_size, weights)
+    return tiny_vit(image_size) if name == TINY else timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+
+def _from_file(name: str, image_size: int, path: str | Path) -> VisionTransformer:
+    """The network with the grid of positions that the file has: timm would resize them, with antialiasing."""
+    state = read_weights(path)
+    positions = [value.shape[1] - 1 for key, value in state.items() if key.endswith("pos_embed") and value.ndim == 3]
+    side = math.isqrt(positions[0]) if positions else 0
+    if name == TINY:
+        vit = tiny_vit(8 * side or image_size)
+    else:
+        vit = timm.create_model(name, num_classes=0)
+        if side:
+            patch = vit.patch_embed.patch_size[0]
+            vit.set_input_size((side * patch, side * patch))
+    if not set(vit.state_dict()) <= set(state):  # another code's names
+        state = checkpoint_filter_fn(state, vit)
+    load_weights(vit, state, path, HEADS)
     return vit
 
 

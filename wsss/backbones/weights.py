@@ -1,6 +1,8 @@
 """Weights from files: what is missing or left over is said by name, never skipped in silence."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WRAPPERS = ("model", "state_dict")  # what public checkpoints call the weights among other things
+FINGERPRINT = "sha256:"
 SHOWN = 5  # names that an error lists before it only counts
 
 
@@ -22,9 +25,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or holds no dict of tensors.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there are no weights; fetch or export the file, or name another one")
+    path = _existing(path)
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -42,6 +43,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             "save `network.state_dict()` with torch.save or safetensors"
         )
     return dict(state)
+
+
+def fingerprint(path: str | Path) -> str:
+    """`FINGERPRINT` and the hexadecimal digest of a file of weights: what it holds, wherever it lies.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = _existing(path)
+    return f"{FINGERPRINT}{_digest(path, path.stat().st_size, path.stat().st_mtime_ns)}"
+
+
+@lru_cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, read again when its size or date are others."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there are no weights; fetch or export the file, or name another one")
+    return path
 
 
 def load_weights(

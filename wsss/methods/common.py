@@ -79,6 +79,18 @@ def check_variant(variant: str, paper: str) -> str:
     return check_choice(f"{paper}: variant", variant, VARIANTS)
 
 
+def gathered(values: Tensor) -> Tensor:
+    """Values (B, ...) of the images that all processes have, in the order of the batch; in one process they themselves.
+
+    For memories that a batch leaves behind; no gradient flows back.
+    """
+    if not torch.distributed.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, values.detach().contiguous())
+    return torch.cat(parts)
+
+
 def full_precision(like: Tensor) -> torch.autocast:
     """A context for contrasts and thresholds of cosines, which half precision would spoil; the encoder may use it."""
     return torch.autocast(like.device.type, enabled=False)

@@ -25,7 +25,7 @@ from wsss.data.transforms import StrongView, normalise
 from wsss.maps import UNCERTAIN as LEFT_OUT
 from wsss.maps import resize, three_way
 from wsss.methods.cam import Cam, CamConfig
-from wsss.methods.common import check_choice, check_variant, full_precision
+from wsss.methods.common import check_choice, check_variant, full_precision, gathered
 
 UNCERTAIN = -1
 PROTOTYPE_RULES = ("weighted", "single", "equal")
@@ -635,7 +635,7 @@ class SeCo(Cam):
         config, memory = self.config, self.reservoir
         if self.published and config.rectify:
             tags = rectify_tags(queries, tags, memory.keys, memory.tags, config.sigma).tags
-        memory.enqueue(keys, tags)
+        memory.enqueue(gathered(keys), gathered(tags))
         if not on:
             return {}
         terms = {}
@@ -660,7 +660,7 @@ class SeCo(Cam):
         return describe(self, dataset, images) if self.contrasts and self.config.tagging == "class" else {}
 
     def _update_prototypes(self, class_tokens: Tensor, labels: Tensor) -> None:
-        config = self.config
+        config, class_tokens, labels = self.config, gathered(class_tokens), gathered(labels)
         if self.published:
             options = config.prototype_momentum, config.prototype_rule, config.unit_class_tokens
             updated = update_prototypes(self.prototypes, class_tokens, labels, *options)
