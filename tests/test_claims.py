@@ -70,6 +70,17 @@ def test_a_seed_with_an_undefined_value_does_not_count_and_the_note_says_so():
     assert paired(by_seed(math.nan, 61, 62), by_seed(50, 51, 52), ">", CLAIM).verdict == "inconclusive (n = 2)"
 
 
+def test_seeds_to_support_an_effect_are_as_many_as_a_simulation_needs():
+    n = claims.seeds_to_support(1.3, 1.5)
+    draw = np.random.default_rng(0).normal(1.3, 1.5, (20000, n))
+    share = lambda runs: (stats.ttest_1samp(runs, 0, axis=1).confidence_interval(0.95).low > 0).mean()
+    assert share(draw) > 0.79 and share(draw[:, 1:]) < 0.81 and share(draw[:, 2:]) < 0.79
+    assert claims.seeds_to_support(1.3, 3.0) > 3 * n > claims.seeds_to_support(1.3, 1.5, power=0.5)
+    assert claims.seeds_to_support(50, 0.01) == claims.SEEDS_NEEDED
+    with pytest.raises(ValueError, match="above 0"):
+        claims.seeds_to_support(1.3, 0.0)
+
+
 HIGH, MIDDLE, LOW = by_seed(70, 71, 72), by_seed(60, 61.5, 62), by_seed(50, 51, 52.5)
 
 

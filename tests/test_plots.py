@@ -11,6 +11,7 @@ import torch
 from matplotlib.colors import to_rgb
 
 from wsss import plots
+from wsss.affinity import pair_affinity, pair_offsets
 from wsss.data import Sample
 from wsss.data.classes import palette
 from wsss.methods.apc import adaptive_k_pooling
@@ -206,6 +207,34 @@ def test_bars_with_the_range_over_seeds():
     assert (ax.get_title(), ax.get_ylabel(), legend_of(ax)) == ("Per class", "IoU (%)", ["full", "base"])
 
 
+def test_threshold_curves_mark_what_every_seed_chose(ax):
+    rows = [
+        {"arm": arm, "seed": seed, "threshold": t, "value": height + seed + t, "chosen": t == choice + seed}
+        for arm, height, choice in (("baseline", 50, 1), ("BNR", 60, 0))
+        for seed in (0, 1)
+        for t in (0, 1, 2)
+    ]
+    plots.threshold_curves(ax, pd.DataFrame(rows), "on val")
+    lines = coloured(ax)
+    assert list(lines.values()) == [[50.5, 51.5, 52.5], [60.5, 61.5, 62.5]], "the mean over seeds"
+    bands = [band.get_paths()[0].get_extents() for band in ax.collections[:2]]
+    assert [(band.y0, band.y1) for band in bands] == [(50, 53), (60, 63)], "the range over seeds"
+    dots = ax.collections[2]
+    np.testing.assert_array_equal(dots.get_offsets(), [[1, 51], [2, 53], [0, 60], [1, 62]])
+    assert [to_rgb(c[:3]) for c in dots.get_facecolor()[::2]] == [to_rgb(colour) for colour in lines]
+    assert legend_of(ax) == ["baseline", "BNR"] and ax.get_title() == "on val"
+
+
+def test_runs_of_one_seed_are_joined(ax):
+    frame = pd.DataFrame({"arm": ["b", "b", "a", "a"], "seed": [0, 1, 0, 1], "value": [50.0, 52, 60, 61]})
+    plots.paired_seeds(ax, frame, "mIoU, %", "seeds")
+    assert [list(line.get_ydata()) for line in ax.get_lines()] == [[50, 60], [52, 61]]
+    [means] = ax.collections
+    assert [segment[0, 1] for segment in means.get_segments()] == [51, 60.5]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["b", "a"], "in the order of the frame"
+    assert (ax.get_title(), ax.get_ylabel()) == ("seeds", "mIoU, %")
+
+
 def test_growing_set_colours_what_algorithm_1_takes(ax):
     scores = torch.tensor([0.9, 0.8, 0.7, 0.3, 0.2, 0.1])
     plots.growing_set(ax, scores, 0.9)
@@ -285,3 +314,24 @@ def test_prototypes_grow_darker_on_their_way(ax):
     assert list(alphas) == sorted(alphas) and alphas[-1] == 1
     assert to_rgb(train.get_facecolor()[-1]) == tuple(palette(2)[2] / 255)
     assert legend_of(ax) == ["boat", "train"] and ax.get_title() == "t-SNE"
+
+
+def test_arrows_lead_from_a_cell_to_all_it_is_paired_with(ax):
+    image = torch.zeros(3, 28, 36, dtype=torch.uint8)  # 7 x 9 cells of 4 pixels
+    embedding = torch.rand(1, 2, 7, 9, generator=torch.Generator().manual_seed(0))
+    strengths = pair_affinity(embedding, 3)[0]
+    plots.affinity_arrows(ax, image, strengths, 3, 4, (3, 4), "a cell")
+    starts, ends = ({getattr(arrow, place) for arrow in ax.texts} for place in ("xyann", "xy"))
+    assert starts == {(17.5, 13.5)} and len(ends) == len(ax.texts) == 2 * len(pair_offsets(3))
+    for arrow in ax.texts:
+        x, y = (int(place // 4) for place in arrow.xy)
+        assert 0 < (x - 4) ** 2 + (y - 3) ** 2 < 9, "nearer than the radius, on the grid of cells"
+        affinity = (-(embedding[0, :, 3, 4] - embedding[0, :, y, x]).abs().mean()).exp().item()
+        assert arrow.arrow_patch.get_linewidth() == pytest.approx(3 * affinity, rel=1e-5)
+    assert ax.get_title() == "a cell" and ax.get_xlim() == (3.5, 31.5) and ax.get_ylim() == (27.5, -0.5)
+
+
+def test_a_cell_in_the_corner_has_no_arrows(ax):
+    image = torch.zeros(3, 27, 30, dtype=torch.uint8)  # 7 x 8 cells, the last ones not whole
+    plots.affinity_arrows(ax, image, pair_affinity(torch.zeros(1, 1, 7, 8), 3)[0], 3, 4, (0, 0))
+    assert not ax.texts

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,22 @@ def _judge(low: float, high: float, n: int) -> str:
     if low > 0:
         return SUPPORTED
     return NOT_SUPPORTED if high < 0 else INCONCLUSIVE
+
+
+def seeds_to_support(effect: float, spread: float, power: float = 0.8) -> int:
+    """How many seeds `RULE` needs to support a true effect in a share `power` of repetitions.
+
+    Args:
+        effect: true mean of the paired differences, > 0.
+        spread: their standard deviation over seeds, > 0; they are taken as normal.
+
+    Raises:
+        ValueError: effect or spread is not positive.
+    """
+    if not (effect > 0 and spread > 0):
+        raise ValueError(f"seeds_to_support: effect {effect} and spread {spread} must both be above 0")
+    supported = lambda n: stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n) / spread)
+    return next(n for n in count(SEEDS_NEEDED) if supported(n) >= power)
 
 
 def ranking(arms: Mapping[str, Mapping[int, float]], claim_id: str, note: str = "") -> Verdict:

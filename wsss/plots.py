@@ -12,6 +12,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from wsss.affinity import pair_indices
 from wsss.data import Sample, co_occurrence
 from wsss.data.classes import palette
 
@@ -207,6 +208,33 @@ def bars(frame: pd.DataFrame, x: str, y: str, hue: str, ylabel: str, title: str,
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
+def threshold_curves(ax: Axes, frame: pd.DataFrame, title: str = "") -> None:
+    """Score over the background score: a line an arm (mean and range over seeds), the scores that were chosen as dots.
+
+    Args:
+        frame: arm, seed, threshold, value, and whether that threshold was `chosen` for that run.
+    """
+    arms = frame["arm"].unique()
+    sns.lineplot(frame, x="threshold", y="value", hue="arm", hue_order=arms, errorbar=("pi", 100), ax=ax)
+    look = {"edgecolor": "black", "linewidth": 0.6, "s": 28, "zorder": 3, "legend": False}
+    sns.scatterplot(frame[frame["chosen"]], x="threshold", y="value", hue="arm", hue_order=arms, ax=ax, **look)
+    ax.set(xlabel="background score", ylabel="mIoU, %")
+    ax.set_title(title, fontsize=10)
+    ax.legend(fontsize=8, frameon=False)
+
+
+def paired_seeds(ax: Axes, frame: pd.DataFrame, ylabel: str, title: str = "") -> None:
+    """Every run of a frame with arm, seed, value as a dot, runs of one seed joined by a line, the means as bars."""
+    wide = frame.pivot(index="seed", columns="arm", values="value")[frame["arm"].unique()]
+    places = np.arange(len(wide.columns))
+    for seed, values in wide.iterrows():
+        ax.plot(places, values, color="0.8", linewidth=1, marker="o", markerfacecolor="tab:blue", label=seed)
+    ax.hlines(wide.mean(), places - 0.22, places + 0.22, color="black", linewidth=2, zorder=3)
+    ax.set_xticks(places, wide.columns, rotation=20, ha="right", fontsize=8)
+    ax.set(xlim=(-0.5, len(places) - 0.5), ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
+
+
 def _tag_look(tag: int, classes: Sequence[str]) -> tuple[str, str, dict]:
     """Name of a tag of SeCo, colour behind its frame, and look of the frame."""
     if tag == -1:
@@ -308,3 +336,32 @@ def zones(frame: pd.DataFrame, names: Sequence[str], ylabel: str, title: str) ->
     ax.set_xticks(range(len(names)), names, fontsize=8)
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+
+
+def affinity_arrows(
+    ax: Axes, image: Tensor, strengths: Tensor, radius: int, stride: int, cell: tuple[int, int], title: str = ""
+) -> None:
+    """The neighbourhood of a cell: an arrow to every cell that it is paired with, as thick and dark as their affinity.
+
+    Args:
+        image: uint8 (3, H, W).
+        strengths: (O, S) in 0..1 of the pairs of this image, see `wsss.affinity`.
+        radius: that of the pairs.
+        stride: pixels along one side of a cell.
+        cell: row and column; cells at the border have few pairs or none.
+    """
+    grid = tuple(-(-side // stride) for side in image.shape[1:])
+    sources, partners = pair_indices(grid, radius)
+    own = cell[0] * grid[1] + cell[1]
+    as_source, as_partner = sources == own, partners == own
+    ends = [*partners[:, as_source].flatten().tolist(), *sources.expand_as(partners)[as_partner].tolist()]
+    values = [*strengths[:, as_source].flatten().tolist(), *strengths[as_partner].tolist()]
+    centre = lambda index: ((index % grid[1] + 0.5) * stride - 0.5, (index // grid[1] + 0.5) * stride - 0.5)
+    picture(ax, image, title)
+    for end, value in zip(ends, values):
+        look = {"arrowstyle": "-|>", "mutation_scale": 9 * value, "shrinkA": 0, "shrinkB": 0}
+        look |= {"linewidth": 3 * value, "color": plt.cm.plasma(1 - value), "alpha": min(1, 0.2 + value)}
+        ax.annotate("", centre(end), centre(own), arrowprops=look)
+    (x, y), reach = centre(own), (radius + 0.5) * stride
+    ax.plot(x, y, "o", color="white", markeredgecolor="black", markersize=6, zorder=4)
+    ax.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach))
