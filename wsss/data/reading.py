@@ -4,7 +4,6 @@ import contextlib
 import csv
 import errno
 import io
-import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 
 from wsss.data import DATASETS, DataError, Sample
 from wsss.data.classes import palette
+from wsss.engines import cores
 
 VOID = 255
 LABEL_TABLE = "image_labels.csv"
@@ -283,11 +283,6 @@ class ImageFiles(Dataset[Sample]):
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(function: Callable, items: Sequence, workers: int | None = None) -> Iterator:
