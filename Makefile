@@ -1,6 +1,8 @@
 # What a fresh clone needs is installed on first use, and again when requirements.txt or pyproject.toml change.
 PYTHON ?= 3.11
 SEEDS ?= 1
+DATASET ?= embedded
+ON ?= local
 UV = $(shell command -v uv || echo .uv/bin/uv)
 GET_UV = command -v $(UV) >/dev/null || (python3 -m venv .uv && echo '*' > .uv/.gitignore && .uv/bin/pip install uv)
 NBVAL = --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
@@ -10,13 +12,16 @@ NBVAL = --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.c
 
 help:
 	@echo "make reproduce [SEEDS=3]   run every notebook and write all tables to results/embedded/reproduced"
+	@echo "    DATASET=voc2012 DATA_ROOT=PATH   on VOC 2012: what it takes says .venv/bin/wsss plan --dataset voc2012"
+	@echo "    PAPERS='apc more' ON=dask        only some papers; on all GPUs of this machine, or ON=slurm"
 	@echo "make test                  run the tests, then compare every notebook with its committed outputs"
 	@echo "make lab                   open the notebooks in JupyterLab"
 	@echo "make lock                  pin the dependencies of pyproject.toml anew in requirements.txt"
 	@echo "PYTHON=3.12 before the first use takes another Python (3.11 or 3.12)."
 
 reproduce: .venv/.installed
-	.venv/bin/wsss reproduce --seeds $(SEEDS)
+	.venv/bin/wsss reproduce --dataset $(DATASET) --seeds $(SEEDS) --on $(ON) \
+		$(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(PAPERS),--papers $(PAPERS))
 
 test: .venv/.installed
 	.venv/bin/python -m pytest tests

@@ -229,7 +229,7 @@ def test_an_experiment_survives_the_way_to_other_processes(tmp_path):
     "content, message",
     [
         ('{"method": "cam",', "experiment.json: this is not valid JSON"),
-        ('["cam"]', "experiment.json: an experiment is an object with method, variant and dataset at least, not"),
+        ('["cam"]', "experiment.json: an experiment is an object with method, variant and dataset, not"),
         ('{"method": "cam", "variant": "published", "dataset": "embedded", "sede": 1}', "did you mean `seed`?"),
         ('{"method": "cam", "variant": "published", "dataset": "voc"}', "cam.toml has no recipe for 'voc'"),
     ],

@@ -18,8 +18,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from test_tables import make_record
 
-from wsss import reproduce, states
-from wsss.reproduce import ReproduceError, Task, plan, read_state, run
+from wsss import engines, experiments, reproduce, states
+from wsss.reproduce import ReproduceError, Task, prepare, read_state, run
 
 PARAMETERS = "seeds: int = 3  # x\nrate: float = 0.5  # x\nflip: bool = False  # x\nname: str = 'a'  # x"
 
@@ -40,63 +40,63 @@ def texts(path):
     return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
 
 
-# ------------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------------------ tasks
 
 
-def test_plan_refuses_unknown_parameters(tmp_path):
+def test_prepare_refuses_unknown_parameters(tmp_path):
     notebook = write_notebook(tmp_path / "04_more.ipynb")
     with pytest.raises(ReproduceError, match="04_more.ipynb: unknown parameter 'seed'; did you mean seeds?"):
-        plan([notebook], {"seed": 3})
+        prepare([notebook], {"seed": 3})
     with pytest.raises(ReproduceError, match="'zzz'; it has seeds, rate, flip, name"):
-        plan([notebook], {"zzz": 3})
+        prepare([notebook], {"zzz": 3})
 
 
 @pytest.mark.parametrize(
     "name, value", [("seeds", "many"), ("seeds", 1.5), ("seeds", True), ("flip", "1"), ("rate", "x"), ("name", 3)]
 )
-def test_plan_refuses_values_of_another_type(tmp_path, name, value):
+def test_prepare_refuses_values_of_another_type(tmp_path, name, value):
     kind = {"seeds": "int", "flip": "bool", "rate": "float", "name": "str"}[name]
     with pytest.raises(ReproduceError, match=f"00_a.ipynb: parameter '{name}' must be {kind}"):
-        plan([write_notebook(tmp_path / "00_a.ipynb")], {name: value})
+        prepare([write_notebook(tmp_path / "00_a.ipynb")], {name: value})
 
 
-def test_plan_reads_text_as_the_declared_type(tmp_path):
+def test_prepare_reads_text_as_the_declared_type(tmp_path):
     notebook = write_notebook(tmp_path / "00_a.ipynb")
-    [task] = plan([notebook], {"seeds": "3", "rate": "1e-3", "flip": "true", "name": "7"})
+    [task] = prepare([notebook], {"seeds": "3", "rate": "1e-3", "flip": "true", "name": "7"})
     assert task.parameters == {"seeds": 3, "rate": 1e-3, "flip": True, "name": "7"}
-    assert plan([notebook], {"rate": 1})[0].parameters == {"rate": 1.0}
+    assert prepare([notebook], {"rate": 1})[0].parameters == {"rate": 1.0}
 
 
-def test_plan_gives_shared_parameters_to_those_who_declare_them(tmp_path):
+def test_prepare_gives_shared_parameters_to_those_who_declare_them(tmp_path):
     first = write_notebook(tmp_path / "00_a.ipynb")
     second = write_notebook(tmp_path / "01_b.ipynb", parameters="x: int = 1")
-    a, b = plan([first, second], {}, {"seeds": 5, "x": 2})
+    a, b = prepare([first, second], {}, {"seeds": 5, "x": 2})
     assert a.parameters == {"seeds": 5} and b.parameters == {"x": 2}
 
 
-def test_plan_lists_all_problems_at_once(tmp_path):
+def test_prepare_lists_all_problems_at_once(tmp_path):
     notebooks = [write_notebook(tmp_path / f"0{i}_a.ipynb") for i in range(2)]
     with pytest.raises(ReproduceError) as raised:
-        plan(notebooks, {"sed": 1, "rate": "x"})
+        prepare(notebooks, {"sed": 1, "rate": "x"})
     assert len(str(raised.value).splitlines()) == 4
 
 
-def test_plan_refuses_a_parameter_without_a_type(tmp_path):
+def test_prepare_refuses_a_parameter_without_a_type(tmp_path):
     with pytest.raises(ReproduceError, match="declare 'x'"):
-        plan([write_notebook(tmp_path / "00_a.ipynb", parameters="x = 1")], {})
+        prepare([write_notebook(tmp_path / "00_a.ipynb", parameters="x = 1")], {})
 
 
 def test_the_key_tells_code_and_parameters_but_not_text(tmp_path):
     path = write_notebook(tmp_path / "00_a.ipynb", "1 + 1")
-    key = plan([path], {})[0].key
-    assert plan([path], {"seeds": 1})[0].key != key
+    key = prepare([path], {})[0].key
+    assert prepare([path], {"seeds": 1})[0].key != key
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.append(new_markdown_cell("a remark"))
     notebook.cells[1].execution_count = 1
     nbformat.write(notebook, path)
-    assert plan([path], {})[0].key == key
+    assert prepare([path], {})[0].key == key
     write_notebook(path, "1 + 2")
-    assert plan([path], {})[0].key != key
+    assert prepare([path], {})[0].key != key
 
 
 def test_find_notebooks_by_number(tmp_path):
@@ -107,6 +107,23 @@ def test_find_notebooks_by_number(tmp_path):
     assert names("14", "4") == ["04_more", "14_more_ablations"]
     with pytest.raises(ReproduceError, match="no notebook 07; there are: 00_data"):
         names("07", "00")
+
+
+def test_find_notebooks_by_paper(tmp_path):
+    for name in ("00_data", "02_apc", "03_seco", "04_more", "12_apc_ablations", "14_more_ablations"):
+        write_notebook(tmp_path / f"{name}.ipynb")
+    found = [path.stem for path in reproduce.find_notebooks(["more", "apc"], tmp_path)]
+    assert found == ["02_apc", "04_more", "12_apc_ablations", "14_more_ablations"]
+    with pytest.raises(ReproduceError, match="no notebook bnr; there are: 00_data"):
+        reproduce.find_notebooks(["bnr", "apc"], tmp_path)
+
+
+PAPER_NUMBERS = {"01", "02", "03", "04", "11", "12", "13", "14"}
+
+
+def test_every_paper_is_known_by_its_notebooks():
+    papers = {path.stem.split("_")[1] for path in reproduce.find_notebooks() if path.name[:2] in PAPER_NUMBERS}
+    assert papers <= set(reproduce.PAPERS)
 
 
 # -------------------------------------------------------------------------------------------------------------- run
@@ -123,7 +140,7 @@ def batch(tmp_path_factory):
         write_notebook(folder / "notebooks/02_dies.ipynb", "import os", "os._exit(3)", "print('no')"),
         write_notebook(folder / "notebooks/03_killed.ipynb", kill, "print('no')"),
     ]
-    tasks, out, stderr = plan(notebooks, {"seeds": 7}), folder / "out", io.StringIO()
+    tasks, out, stderr = prepare(notebooks, {"seeds": 7}), folder / "out", io.StringIO()
     with contextlib.redirect_stderr(stderr):
         states = run(tasks, out, at_once=4)
     return argparse.Namespace(folder=folder, out=out, notebooks=notebooks, states=states, stderr=stderr.getvalue())
@@ -152,7 +169,8 @@ def test_a_dead_kernel_is_a_failure_although_papermill_calls_it_completed(batch)
 
 def test_a_killed_process_is_told_from_a_failure(batch):
     state = batch.states["03_killed"]
-    assert state["state"] == "killed" and state["cell"] == 3 and state["exitcode"] == -9
+    assert state["state"] == "killed" and state["cell"] == 3 and state["cause"] == "exit code -9"
+    assert state["attempt"] == 2, "it was started once more, and no more than that"
 
 
 def test_each_notebook_has_a_progress_line(batch):
@@ -173,13 +191,63 @@ def test_a_second_start_does_only_what_is_missing(batch):
     done = reproduce.state_path(batch.out, "00_passes")
     before = done.stat().st_mtime_ns
     write_notebook(batch.notebooks[1], "print('repaired')")
-    states = run(plan(batch.notebooks[:2], {"seeds": 7}), batch.out)
+    states = run(prepare(batch.notebooks[:2], {"seeds": 7}), batch.out)
     assert [state["state"] for state in states.values()] == ["done", "done"]
     assert done.stat().st_mtime_ns == before
     assert texts(batch.out / "notebooks/01_fails.ipynb") == "repaired\n"
     (batch.out / "notebooks/00_passes.ipynb").unlink()
-    assert not reproduce._is_done(plan(batch.notebooks[:1], {"seeds": 7})[0], batch.out), "its result is gone"
-    assert not reproduce._is_done(plan(batch.notebooks[1:2], {"seeds": 8})[0], batch.out), "other parameters"
+    assert not reproduce._is_done(prepare(batch.notebooks[:1], {"seeds": 7})[0], batch.out), "its result is gone"
+    assert not reproduce._is_done(prepare(batch.notebooks[1:2], {"seeds": 8})[0], batch.out), "other parameters"
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """A batch on two dask workers, as of two GPUs. One notebook kills its worker the first time, one every time."""
+    folder = tmp_path_factory.mktemp("workers")
+    kill = "os.kill(os.getppid(), signal.SIGKILL); time.sleep(60)"
+    once = f"from pathlib import Path\nif not Path('flag').exists(): Path('flag').touch(); {kill}"
+    place = "import os\nprint(os.getppid(), os.environ['CUDA_VISIBLE_DEVICES'], os.getcwd().split('/')[-1], seeds)"
+    cells = {
+        "00_killed_once": ("import os, signal, time", once, place),
+        "01_killed": ("import os, signal, time", kill),
+        "02_passes": (place,),
+        "03_fails": ("raise ValueError('too few')",),
+    }
+    notebooks = [write_notebook(folder / f"notebooks/{name}.ipynb", *own) for name, own in cells.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "gpus", lambda: ["4", "7"])
+        states = run(prepare(notebooks, {"seeds": 7}), folder / "out", on="dask")
+    return argparse.Namespace(out=folder / "out", notebooks=notebooks, states=states)
+
+
+def test_a_worker_that_dies_is_replaced_and_its_notebook_started_once_more(workers):
+    state = workers.states["00_killed_once"]
+    assert state["state"] == "done" and state["attempt"] == 2 and state["cause"] == "its worker is gone"
+    state = workers.states["01_killed"]
+    assert (state["state"], state["attempt"], state["cell"]) == ("killed", 2, 4)
+    assert reproduce.describe(state) == "killed in cell 4: its worker is gone"
+
+
+def test_a_worker_that_dies_does_not_touch_the_other_notebooks(workers):
+    passes, fails = workers.states["02_passes"], workers.states["03_fails"]
+    assert passes["state"] == "done" and passes["attempt"] == 1
+    assert (fails["state"], fails["cell"], fails["message"], fails["attempt"]) == ("failed", 3, "too few", 1)
+
+
+def test_every_worker_sees_a_gpu_of_its_own(workers):
+    places = [texts(workers.out / f"notebooks/{name}.ipynb").split() for name in ("00_killed_once", "02_passes")]
+    assert all(gpu in ("4", "7") and rest == ["notebooks", "7"] for _, gpu, *rest in places)
+
+
+def test_a_second_start_on_another_engine_does_only_what_is_missing(workers, monkeypatch):
+    before = {name: reproduce.state_path(workers.out, name).read_bytes() for name in workers.states}
+    for notebook, name in zip(workers.notebooks, workers.states):
+        if name in ("01_killed", "03_fails"):
+            write_notebook(notebook, "print('repaired')")
+    states = run(prepare(workers.notebooks, {"seeds": 7}), workers.out)
+    assert {state["state"] for state in states.values()} == {"done"}
+    for name in ("00_killed_once", "02_passes"):
+        assert reproduce.state_path(workers.out, name).read_bytes() == before[name]
 
 
 def gone_pid():
@@ -196,6 +264,20 @@ def test_a_running_state_without_its_process_was_killed(tmp_path):
     path.write_text(json.dumps({"state": "running", "pid": os.getpid(), "cell": 2}))
     assert read_state(tmp_path, "00_a")["state"] == "running"
     assert read_state(tmp_path, "01_b") == {"state": "absent"}
+
+
+def test_a_process_of_another_machine_runs_as_long_as_it_touches_its_state(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps(states.running() | {"host": "elsewhere", "pid": gone_pid()}))
+    assert states.read_state(path)["state"] == "running"
+    long_ago = time.time() - states.LOST - 1
+    os.utime(path, (long_ago, long_ago))
+    assert states.read_state(path)["state"] == "killed"
+    monkeypatch.setattr(states, "BEAT", 0.01)
+    with states.beating(path):
+        while path.stat().st_mtime == long_ago:
+            time.sleep(0.01)
+    assert states.read_state(path)["state"] == "running"
 
 
 def test_run_refuses_a_folder_that_is_in_use(tmp_path):
@@ -222,7 +304,7 @@ def without_root():
 def test_run_into_a_read_only_folder_says_so_before_anything_starts():
     with tempfile.TemporaryDirectory() as folder:
         notebook = write_notebook(Path(folder) / "00_a.ipynb")
-        tasks = plan([notebook], {})
+        tasks = prepare([notebook], {})
         os.chmod(folder, 0o555)
         try:
             with without_root(), pytest.raises(PermissionError, match="Make it writable, or choose another"):
@@ -266,10 +348,10 @@ def test_stopping_the_batch_stops_its_notebooks(tmp_path):
     write_notebook(tmp_path / "00_sleeps.ipynb", "import os, time\nprint(os.getpid(), flush=True)", "time.sleep(300)")
     write_notebook(tmp_path / "01_waits.ipynb")
     code = (
-        "from pathlib import Path; import signal, sys; from wsss.reproduce import find_notebooks, plan, run\n"
+        "from pathlib import Path; import signal, sys; from wsss.reproduce import find_notebooks, prepare, run\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
-        "    run(plan(find_notebooks(folder=Path('.')), {}), 'out', at_once=1)\n"
+        "    run(prepare(find_notebooks(folder=Path('.')), {}), 'out', at_once=1)\n"
     )
     (tmp_path / "batch.py").write_text(code)
     process = subprocess.Popen([sys.executable, "batch.py"], cwd=tmp_path, stderr=subprocess.PIPE)
@@ -362,12 +444,42 @@ def test_the_command_runs_resumes_and_starts_afresh(project, capsys, monkeypatch
         (["--seeds", "0"], "one seed or more"),
         (["--notebooks", "99"], "no notebook 99"),
         (["--publish"], "04_more is absent"),
+        (["--papers", "bnr"], "no notebook bnr; there are: 04_more"),
     ],
 )
 def test_the_command_refuses_bad_input_before_anything_runs(project, capsys, words, message):
     assert call(*words) == 2
     assert message in capsys.readouterr().err
     assert not (project / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message", [(["--on", "ray"], "invalid choice: 'ray'"), (["--papers", "more", "--notebooks", "04"], "not allowed with")]
+)
+def test_the_command_explains_its_options(project, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        call(*words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_engine_that_cannot_be_had_is_said(project, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert call("--on", "dask") == 2
+    assert "wsss reproduce: --on dask: " in capsys.readouterr().err
+    assert read_state(project / "results/embedded/reproduced", "04_more")["state"] == "queued"
+
+
+def test_a_run_at_the_papers_scale_has_a_device_to_itself(project, monkeypatch):
+    calls = []
+    keep = lambda tasks, out, at_once, on: calls.append((on, at_once, tasks[0].parameters["workers"])) or {}
+    monkeypatch.setattr(reproduce, "run", keep)
+    monkeypatch.setattr(experiments, "recipe_for", lambda dataset: dataset)
+    for words in ([], ["--dataset", "voc2012"], ["--dataset", "voc2012", "--on", "dask"]):
+        call(*words)
+    monkeypatch.setattr(experiments, "recipe_for", lambda dataset: "voc2012-cpu")
+    call("--dataset", "voc2012", "--on", "slurm")
+    both = min(2, engines.cores())
+    assert calls == [("local", None, both), ("local", 1, 1), ("dask", None, 1), ("slurm", None, 1)]
 
 
 def finished(project, seeds=3):

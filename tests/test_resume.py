@@ -115,7 +115,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(tmp_path, monkeypatch):
         plain(*paths)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError, match=r"checkpoint.pt: cannot be written \(No space left on device\).*free space and start"):
+    with pytest.raises(OSError, match=r"checkpoint.pt: cannot be written \(No space left on device\).*free space"):
         train(stopped, scenes, CONFIG, 0, path, "run", progress=False)
     monkeypatch.undo()
     assert load_checkpoint(path, "run")["step"] == CONFIG.checkpoint_every and os.listdir(tmp_path) == [path.name]

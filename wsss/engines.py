@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -22,7 +22,7 @@ TICK = 0.5  # seconds
 CHECK = 60  # seconds
 
 
-class EngineError(RuntimeError):
+class EngineError(Exception):
     """An engine cannot be had; the message says why and what to do."""
 
 
@@ -59,9 +59,9 @@ def engine(name: str, at_once: int, logs: Path) -> Iterator["Processes | Dask"]:
             case "local":
                 opened = Processes(at_once)
             case "dask":
-                opened = Dask(_local_cluster())
+                opened = Dask(_local_cluster(), workers=len(gpus()) or max(1, cores() // 2))
             case "slurm":
-                opened = Dask(_slurm_cluster(at_once, logs))
+                opened = Dask(_slurm_cluster(logs), workers=at_once)
     except ImportError as error:
         raise EngineError(f"--on {name}: {error}; install it with `pip install distributed dask-jobqueue`") from error
     except (OSError, RuntimeError) as error:
@@ -126,7 +126,7 @@ class Dask:
     Jobs are tied to a worker, so that dask neither lets one wait behind another nor starts it again elsewhere.
     """
 
-    def __init__(self, cluster):
+    def __init__(self, cluster, workers: int):
         import dask
         from distributed import Client
 
@@ -134,9 +134,10 @@ class Dask:
         dask.config.set({"distributed.deploy.lost-worker-timeout": "2 minutes"})
         self.cluster, self.busy, self.checked = cluster, {}, time.monotonic()
         try:
-            cluster.sync(_settled, cluster)
+            cluster.sync(_start, cluster, workers)
         except BaseException:
-            cluster.close()
+            with suppress(AssertionError):  # closing, dask wants every worker to have started
+                cluster.close()
             raise
         self.client = Client(cluster)
 
@@ -183,35 +184,34 @@ class Dask:
         self.cluster.close()
 
 
-async def _settled(cluster) -> None:
-    """Start the workers of a cluster, or submit the jobs that will; an error of that is raised here."""
+async def _start(cluster, workers: int) -> None:
+    """Start workers, or submit the jobs that will; unlike `scale` of a cluster, this raises what goes wrong."""
+    for _ in range(workers):
+        cluster.worker_spec.update(cluster.new_worker_spec())
     await cluster
 
 
 def _local_cluster():
-    """A dask cluster on this machine, of one worker process a GPU, or for every two cores where there is none."""
+    """A dask cluster on this machine, without workers as yet; worker i sees GPU i alone."""
     from distributed import LocalCluster
 
     devices = gpus()
 
     class Cluster(LocalCluster):
         def new_worker_spec(self):
-            """Worker i sees GPU i alone."""
             [(number, spec)] = super().new_worker_spec().items()
             env = {"CUDA_VISIBLE_DEVICES": devices[number]} if devices else {}
             return {number: spec | {"options": spec["options"] | {"env": env}}}
 
     quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}  # states say what happens to a worker
-    cluster = Cluster(n_workers=0, threads_per_worker=1, memory_limit=0, **quiet)
-    cluster.scale(len(devices) or max(1, cores() // 2))
-    return cluster
+    return Cluster(n_workers=0, threads_per_worker=1, memory_limit=0, **quiet)
 
 
 LIBRARY_WALLTIME = "00:30:00"  # dask-jobqueue's own, which ends a training without anybody having chosen it
 
 
-def _slurm_cluster(jobs: int, logs: Path):
-    """A dask cluster of `jobs` Slurm jobs with one worker each.
+def _slurm_cluster(logs: Path):
+    """A dask cluster of Slurm jobs with one worker each, without jobs as yet.
 
     Partition, time, memory and GPUs of a job are the user's, from dask's own configuration (jobqueue.slurm).
     """
@@ -227,6 +227,4 @@ def _slurm_cluster(jobs: int, logs: Path):
             "    job-extra-directives: ['--gres=gpu:1']"
         )
     one_thread = [*dask.config.get("jobqueue.slurm.worker-extra-args"), "--nthreads", "1"]
-    cluster = SLURMCluster(processes=1, worker_extra_args=one_thread, job_name="wsss", log_directory=str(logs))
-    cluster.scale(jobs=jobs)
-    return cluster
+    return SLURMCluster(processes=1, worker_extra_args=one_thread, job_name="wsss", log_directory=str(logs))

@@ -56,9 +56,10 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless")
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The fields of a recipe that build the backbone: its name and, for vision transformers, what `MultiTokenViT` takes.
+    """The fields of a recipe that build the backbone; the last three are of vision transformers, see `MultiTokenViT`.
 
     Attributes:
+        backbone: its name.
         weights: file with weights to start from; "" takes those that belong to the name.
     """
 
@@ -227,7 +228,7 @@ class Experiment:
         return recipe
 
     def kept_recipe(self) -> dict[str, object]:
-        """The recipe as records keep it: `weights` is what the file holds, wherever it lies (or what a record says of it).
+        """The recipe as records keep it: `weights` is what the file holds, wherever it lies, or what a record says of it.
 
         Raises:
             FileNotFoundError: the recipe names weights, and there is no such file.
@@ -446,15 +447,15 @@ def _check_devices(devices: int) -> None:
     there, kind = (gpus, "GPUs") if gpus else (cores(), "CPU cores and no GPU")
     if not 1 <= devices <= there:
         raise ValueError(
-            f"devices = {devices}: this machine has {there} {kind}; ask for 1 to {there}, and accumulate the rest of the "
-            "batch (`accumulate`)"
+            f"devices = {devices}: this machine has {there} {kind}; ask for 1 to {there}, and `accumulate` the rest of "
+            "the batch"
         )
 
 
 def _start_shares(
     experiment: Experiment, runs: Path, data_root: str | None, devices: int, accumulate: int, lock: TextIO
 ) -> None:
-    """Train and score in processes of their own (`run_share`), which torchrun starts, and ends when one of them fails."""
+    """Train and score in processes of their own (`run_share`), which torchrun starts, and ends when one fails."""
     with tempfile.TemporaryDirectory() as scratch:
         file = write_json(Path(scratch) / "experiment.json", asdict(experiment))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]

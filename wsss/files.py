@@ -30,7 +30,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
     except BaseException as error:
         os.unlink(temporary)
         if isinstance(error, OSError):
-            told = f"{path}: cannot be written ({error.strerror}). What it held is still there; free space and start again"
+            told = f"{path}: cannot be written ({error.strerror}). What it held is still there; free space and go on"
             raise OSError(error.errno, told) from error
         raise
     return path

@@ -86,7 +86,7 @@ def read_experiment(path: Path) -> Experiment:
 def _experiment(content: object, where: str) -> Experiment:
     known = {field.name for field in fields(Experiment)}
     if not isinstance(content, dict) or not {"method", "variant", "dataset"} <= set(content):
-        raise ValueError(f"{where}: an experiment is an object with method, variant and dataset at least, not {content}")
+        raise ValueError(f"{where}: an experiment is an object with method, variant and dataset, not {content}")
     for name in content:
         check_known(name, known, where, "field")
     source = content.get("source") and _experiment(content["source"], f"{where}, source")

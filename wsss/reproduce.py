@@ -1,9 +1,12 @@
 """Runs the numbered notebooks in a batch: `wsss reproduce`, and `wsss reproduce --publish`.
 
-Each notebook runs through papermill in a process of its own, which keeps a state file beside the executed notebook:
-`queued`, `running` (with its pid and cell), `failed` (with cell and error), `killed`, or `done`, which is written last.
-What papermill itself notes down is not used: it calls a killed run completed. A second start runs only what is not done
-with the same parameters and code; runs of the library that are done are not trained again either.
+Each notebook runs through papermill where an engine puts it: in a process of its own, on a dask worker, in a Slurm job.
+That place keeps a state file beside the executed notebook: `queued`, `running` (with process, machine and cell),
+`failed` (with cell and error), `killed`, or `done`, which is written last. What papermill itself notes down is not
+used: it calls a killed run completed. A notebook whose place dies (out of memory, preempted) is started once more, after
+the others, and goes on from the checkpoints of its runs; if that one dies, too, it stays `killed` until the next start.
+A second start runs only what is not done with the same parameters and code; runs of the library that are done are not
+trained again.
 
 This module imports no torch, so that every process starts at once.
 """
@@ -14,28 +17,29 @@ import contextlib
 import difflib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import nbformat
 from tqdm import tqdm
 
 from wsss import states
+from wsss.engines import ENGINES, EngineError, cores, engine
 from wsss.files import write_atomic, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS = ROOT / "results"
+PAPERS = ("bnr", "apc", "seco", "more")
 SEEDS_TO_PUBLISH = 3
+ATTEMPTS = 2
 KINDS = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
 
 
@@ -56,25 +60,27 @@ class Task:
         return self.notebook.stem
 
 
-# ------------------------------------------------------------------------------------------------------------- plan
+# ------------------------------------------------------------------------------------------------------------ tasks
 
 
-def find_notebooks(numbers: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
-    """The notebooks whose names start with one of `numbers` ("04"), or all numbered ones, in order.
+def find_notebooks(wanted: Iterable[str] = (), folder: Path = NOTEBOOKS) -> list[Path]:
+    """The notebooks NN_<paper>... whose number or paper is one of `wanted` ("04", "4", "more"), or all, in order.
 
     Raises:
-        ReproduceError: no notebook has such a number.
+        ReproduceError: no notebook has such a number or paper.
     """
     known = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    numbers = [number.zfill(2) for number in numbers]
-    unknown = [number for number in numbers if not any(path.name.startswith(f"{number}_") for path in known)]
+    wanted = {word.zfill(2) for word in wanted}
+    found = [path for path in known if not wanted or wanted & set(path.stem.split("_")[:2])]
+    unknown = sorted(wanted - {part for path in found for part in path.stem.split("_")[:2]})
     if unknown or not known:
         listed = ", ".join(path.stem for path in known) or "none"
-        raise ReproduceError(f"{_shown(folder)}: no notebook {', '.join(unknown) or 'with a number'}; there are: {listed}")
-    return [path for path in known if not numbers or path.name.split("_")[0] in numbers]
+        missing = ", ".join(unknown) or "with a number"
+        raise ReproduceError(f"{_shown(folder)}: no notebook {missing}; there are: {listed}")
+    return found
 
 
-def plan(
+def prepare(
     notebooks: Iterable[Path], parameters: Mapping[str, object], shared: Mapping[str, object] | None = None
 ) -> list[Task]:
     """Check everything before anything runs.
@@ -160,7 +166,8 @@ def _refuse_running(out: Path) -> None:
         state = read_state(out, name)
         if state["state"] == "running":
             raise ReproduceError(
-                f"{name} is running in {_shown(out)} already (process {state['pid']}); wait for it or stop it. "
+                f"{name} is running in {_shown(out)} already (process {state['pid']} on "
+                f"{state.get('host', 'this machine')}); wait for it or stop it. "
                 f"If that process is something else, delete {_shown(path)}"
             )
 
@@ -171,7 +178,7 @@ def describe(state: Mapping) -> str:
         case "failed":
             return f"failed {_where(state)}: {state['error']}: {state['message']}"
         case "killed":
-            return f"killed {_where(state)}"
+            return f"killed {_where(state)}" + (f": {state['cause']}" if "cause" in state else "")
         case "done":
             return f"done in {state['seconds']:.0f} s"
         case other:
@@ -185,53 +192,58 @@ def _where(state: Mapping) -> str:
 # --------------------------------------------------------------------------------------------------------------- run
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def run(tasks: Sequence[Task], out: str | Path, at_once: int | None = None, on: str = "local") -> dict[str, dict]:
+    """Execute what is not done yet, on an engine.
 
+    Executed notebooks and their states go to <out>/notebooks, what they print to <out>/log. One progress line a
+    notebook is drawn on stderr. Interrupting this process stops the notebooks; a later call goes on from there.
 
-def run(tasks: Sequence[Task], out: str | Path, at_once: int | None = None) -> dict[str, dict]:
-    """Execute what is not done yet, `at_once` notebooks side by side (default: half as many as there are cores).
-
-    Executed notebooks and their states go to <out>/notebooks, what their processes print to <out>/log. One progress
-    line a notebook is drawn on stderr. Interrupting this process stops the notebooks; a later call goes on from there.
+    Args:
+        at_once: how many notebooks run side by side: by default half as many as there are cores, in Slurm all of them.
+            Dask has one on each of its workers.
+        on: one of `engines.ENGINES`.
 
     Returns:
         Name of each task -> its state in the end.
 
     Raises:
         ReproduceError: a notebook of `out` is running already.
+        EngineError: the engine cannot be had.
         PermissionError: `out` cannot be written.
     """
     out = Path(out)
     _refuse_running(out)
     queue = [task for task in tasks if not _is_done(task, out)]
     for task in queue:
-        write_json(state_path(out, task.name), {"state": "queued", "key": task.key, "parameters": task.parameters})
+        write_json(state_path(out, task.name), _queued(task, attempt=1))
     (out / "log").mkdir(parents=True, exist_ok=True)
-    context, running = multiprocessing.get_context("spawn"), {}
     with _Progress(tasks, out) as progress:
-        try:
-            while queue or running:
-                while queue and len(running) < (at_once or max(1, cores() // 2)):
-                    task = queue.pop(0)
-                    process = context.Process(target=_work, args=(task, out.resolve()), daemon=True)
-                    process.start()
-                    running[task.name] = process
-                wait([process.sentinel for process in running.values()], timeout=0.5)
-                for name in [name for name, process in running.items() if not process.is_alive()]:
-                    _close(out, name, running.pop(name).exitcode)
-                progress.update()
-        finally:
-            for name, process in running.items():
-                process.terminate()
-            for name, process in running.items():
-                process.join(timeout=30)
-                process.kill()
-                process.join()
-                _close(out, name, process.exitcode)
-            progress.update()
+        if queue:
+            _run_all(queue, out, on, at_once or (len(queue) if on == "slurm" else max(1, cores() // 2)), progress)
     return {task.name: read_state(out, task.name) for task in tasks}
+
+
+def _run_all(queue: list[Task], out: Path, on: str, at_once: int, progress: "_Progress") -> None:
+    running = {}
+    try:
+        with engine(on, at_once, out / "log") as pool:
+            while queue or running:
+                while queue and pool.free:
+                    task = queue.pop(0)
+                    running[pool.start(_work, task, out.resolve())] = task
+                if not queue:
+                    pool.release()
+                for job, cause in pool.ended(running).items():
+                    task = running.pop(job)
+                    attempt = _close(task, out, cause)
+                    if attempt and attempt < ATTEMPTS:
+                        write_json(state_path(out, task.name), _queued(task, attempt=attempt + 1, cause=cause))
+                        queue.append(task)
+                progress.update()
+    finally:
+        for task in running.values():
+            _close(task, out, "the batch was stopped")
+        progress.update()
 
 
 def _is_done(task: Task, out: Path) -> bool:
@@ -239,11 +251,17 @@ def _is_done(task: Task, out: Path) -> bool:
     return state["state"] == "done" and state["key"] == task.key and (out / "notebooks" / task.notebook.name).exists()
 
 
-def _close(out: Path, name: str, exitcode: int | None) -> None:
-    """Write down that a process is gone which could not say so itself."""
-    state = read_state(out, name)
-    if state["state"] not in ("done", "failed"):
-        write_json(state_path(out, name), state | {"state": "killed", "exitcode": exitcode})
+def _queued(task: Task, **attempt: object) -> dict:
+    return {"state": "queued", "key": task.key, "parameters": task.parameters, **attempt}
+
+
+def _close(task: Task, out: Path, cause: str) -> int:
+    """Write down that a notebook is gone which could not say so itself, and return its attempt; else 0."""
+    state = read_state(out, task.name)
+    if state["state"] in ("done", "failed"):
+        return 0
+    write_json(state_path(out, task.name), state | {"state": "killed", "cause": cause})
+    return state["attempt"]
 
 
 class _Progress:
@@ -283,25 +301,22 @@ def _cells(task: Task) -> int:
     return sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in cells) + bool(task.parameters)
 
 
-# ------------------------------------------------------------------------------------------- in a notebook's process
+# --------------------------------------------------------------------------------------------- where a notebook runs
 
 
 def _work(task: Task, out: Path) -> None:
-    """Run one notebook and keep its state; the whole of its process."""
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the parent as well, which then terminates this one
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, so that the kernel is shut down, too
+    """Run one notebook that is queued, and keep its state."""
+    path = state_path(out, task.name)
+    state = states.read_state(path) | states.running() | {"cell": 0}
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel named python3 of the user would be another environment
-    with open(out / "log" / f"{task.name}.log", "w", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        state = {"state": "running", "pid": os.getpid(), "cell": 0, "key": task.key, "parameters": task.parameters}
-        start = time.perf_counter()
+    start = time.perf_counter()
 
-        def started() -> None:
-            state["cell"] += 1
-            write_json(state_path(out, task.name), state)
+    def started() -> None:
+        state["cell"] += 1
+        write_json(path, state)
 
-        write_json(state_path(out, task.name), state)
+    write_json(path, state)
+    with states.beating(path), _printing_to(out / "log" / f"{task.name}.log"):
         try:
             execute(task, out / "notebooks" / task.notebook.name, started)
         except Exception as error:
@@ -310,8 +325,23 @@ def _work(task: Task, out: Path) -> None:
             state |= {"state": "failed", "error": name, "message": (message.strip().splitlines() or [""])[0]}
         else:
             state["state"] = "done"
-        del state["pid"]
-        write_json(state_path(out, task.name), state | {"seconds": round(time.perf_counter() - start, 1)})
+    del state["pid"]
+    write_json(path, state | {"seconds": round(time.perf_counter() - start, 1)})
+
+
+@contextlib.contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Send what this process and its children print to a file."""
+    kept = os.dup(1), os.dup(2)
+    with open(path, "w", buffering=1) as log:
+        try:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            yield
+        finally:
+            for stream, before in enumerate(kept, start=1):
+                os.dup2(before, stream)
+                os.close(before)
 
 
 def execute(task: Task, output: Path, started: Callable[[], object]) -> None:
@@ -428,7 +458,7 @@ def publish(out: Path, notebooks: Sequence[Path], results: Path = RESULTS) -> di
 
 def _execute_in_place(notebooks: Sequence[Path], scratch: Path) -> dict[str, dict]:
     shutil.rmtree(scratch, ignore_errors=True)  # the records have changed: nothing in there is done
-    states = run(plan(notebooks, {}), scratch)
+    states = run(prepare(notebooks, {}), scratch)
     if all(state["state"] == "done" for state in states.values()):
         for notebook in notebooks:
             write_atomic(notebook, (scratch / "notebooks" / notebook.name).read_bytes())
@@ -438,16 +468,24 @@ def _execute_in_place(notebooks: Sequence[Path], scratch: Path) -> dict[str, dic
 # ----------------------------------------------------------------------------------------------------------- command
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `wsss reproduce`."""
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is reproduced."""
     parser.add_argument("--dataset", default="embedded", help="what to train and test on (default: %(default)s)")
-    parser.add_argument("--data-root", metavar="PATH", help="folder that holds the dataset")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each run (default: %(default)s)")
-    parser.add_argument("--out", metavar="PATH", type=Path, help="default: results/<dataset>/reproduced")
-    parser.add_argument("--notebooks", nargs="+", default=[], metavar="NN", help="numbers, e.g. 00 04 (default: all)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--papers", nargs="+", default=[], choices=PAPERS, help="all notebooks of these (default: all)")
+    which.add_argument("--notebooks", nargs="+", default=[], metavar="NN", help="numbers, for a finer choice: 00 04")
     parser.add_argument(
         "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="for every notebook"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `wsss reproduce`."""
+    add_choice(parser)
+    parser.add_argument("--data-root", metavar="PATH", help="folder that holds the dataset")
+    parser.add_argument("--on", choices=ENGINES, default="local", help="what runs the notebooks (default: %(default)s)")
+    parser.add_argument("--out", metavar="PATH", type=Path, help="default: results/<dataset>/reproduced")
     parser.add_argument("--fresh", action="store_true", help="start over; what is there is moved aside")
     parser.add_argument(
         "--publish",
@@ -461,9 +499,8 @@ def command(arguments: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the notebooks are stopped, too
     out = arguments.out or RESULTS / arguments.dataset / "reproduced"
     try:
-        notebooks = find_notebooks(arguments.notebooks)
-        states = publish(out, notebooks) if arguments.publish else _reproduce(arguments, notebooks, out)
-    except (ReproduceError, OSError) as error:
+        states = publish(out, chosen_notebooks(arguments)) if arguments.publish else _reproduce(arguments, out)
+    except (ReproduceError, EngineError, OSError) as error:
         print(f"wsss reproduce: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -481,26 +518,43 @@ def command(arguments: argparse.Namespace) -> int:
     return 0 if all(state["state"] == "done" for state in states.values()) else 1
 
 
-def _reproduce(arguments: argparse.Namespace, notebooks: Sequence[Path], out: Path) -> dict[str, dict]:
+def chosen_notebooks(arguments: argparse.Namespace) -> list[Path]:
+    """The notebooks that the options of `add_choice` name."""
+    return find_notebooks(arguments.papers or arguments.notebooks)
+
+
+def chosen_tasks(arguments: argparse.Namespace, own: Mapping[str, object]) -> list[Task]:
+    """The tasks that the options of `add_choice` name; `own` are the parameters that a command sets itself.
+
+    Raises:
+        ReproduceError: an option has a value that does not exist.
+    """
     from wsss.experiments import RECIPE_DATASETS
 
     if arguments.dataset not in RECIPE_DATASETS:
         raise ReproduceError(f"--dataset {arguments.dataset} is not one of {', '.join(RECIPE_DATASETS)}")
     if arguments.seeds < 1:
         raise ReproduceError(f"--seeds is {arguments.seeds}; one seed or more is needed")
-    shared = {
-        "dataset": arguments.dataset,
+    shared = {"dataset": arguments.dataset, "seeds": arguments.seeds, "retrain": True, **own}
+    return prepare(chosen_notebooks(arguments), dict(arguments.parameter), shared)
+
+
+def _reproduce(arguments: argparse.Namespace, out: Path) -> dict[str, dict]:
+    from wsss.experiments import recipe_for
+
+    # What trains in a Slurm job has a GPU even where this process has none.
+    recipe = arguments.dataset if arguments.on == "slurm" else recipe_for(arguments.dataset)
+    small = recipe in ("embedded", "voc2012-cpu")  # else one run takes all of a device
+    own = {
         "data_root": os.path.relpath(arguments.data_root, NOTEBOOKS) if arguments.data_root else "",
-        "seeds": arguments.seeds,
-        "retrain": True,
-        "workers": min(2, cores()),
+        "workers": min(2, cores()) if small else 1,
         "out": os.path.relpath(out, NOTEBOOKS),
     }
-    tasks = plan(notebooks, dict(arguments.parameter), shared)
+    tasks = chosen_tasks(arguments, own)
     if arguments.fresh and out.exists():
         _refuse_running(out)
         out.rename(out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
-    states = run(tasks, out)
+    states = run(tasks, out, 1 if arguments.on == "local" and not small else None, arguments.on)
     write_json(out / "state.json", {"notebooks": states, "tables": [path.name for path in _tables(out)]})
     return states
 
