@@ -203,7 +203,7 @@ def _local_cluster():
             env = {"CUDA_VISIBLE_DEVICES": devices[number]} if devices else {}
             return {number: spec | {"options": spec["options"] | {"env": env}}}
 
-    quiet = {"dashboard_address": None, "silence_logs": logging.CRITICAL}  # states say what happens to a worker
+    quiet = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}  # states say what happens to a worker
     return Cluster(n_workers=0, threads_per_worker=1, memory_limit=0, **quiet)
 
 
