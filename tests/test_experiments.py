@@ -707,6 +707,39 @@ def test_no_map_is_scored_where_its_background_score_was_chosen():
     assert keys("") == [train, ("val", ["maps-predicted-labels/transcam"])]
 
 
+EXTRA = ("test/maps-given-labels/cam", "test/maps-predicted-labels/cam+crf", "val/decoder/decoder")
+
+
+def test_scores_that_a_recipe_names_are_scored_beside_the_others(tmp_path):
+    asked = replace(TINY, overrides=(*SMALL, ("extra_scores", EXTRA)))
+    plain = run_on_few_images(replace(TINY, overrides=SMALL), tmp_path)
+    record = run_on_few_images(asked, tmp_path)
+    assert set(record.metrics) == set(plain.metrics) | set(EXTRA)
+    assert all(record.metrics[name] == plain.metrics[name] for name in plain.metrics)
+    assert record.experiment(tmp_path).name == asked.name, "a record knows what it asked for"
+
+
+def test_a_score_that_every_run_has_is_not_made_twice():
+    keys = lambda e: [(split, request.key) for split, _, requests in score_plan(e) for request in requests]
+    named = replace(TINY, overrides=(("extra_scores", ("test/decoder/decoder",)),))
+    assert keys(named) == keys(TINY)
+
+
+@pytest.mark.parametrize(
+    "method, name, message",
+    [
+        ("cam", "test/cam", "extra_scores: 'test/cam' is not <split>/<protocol>/<map>"),
+        ("cam", "test/oracle/cam", "protocol 'oracle' is not one of"),
+        ("cam", "test/maps-given-labels/lam", "cam has no maps-given-labels/lam; it has cam, cam_aux, decoder/decoder"),
+        ("cam", "test/retrained/decoder", "cam has no retrained/decoder; it has"),
+        ("transcam", "test/decoder/decoder", "transcam has no decoder/decoder; it has transcam, cam"),
+    ],
+)
+def test_a_score_that_does_not_exist_is_refused(method, name, message):
+    with pytest.raises(ValueError, match=message):
+        score_plan(Experiment(method, "published", "embedded", overrides=(("extra_scores", (name,)),)))
+
+
 @pytest.fixture
 def stub_runs(monkeypatch, finished):
     """Runs that only leave a record: returns the names in the order in which they were started."""

@@ -64,8 +64,10 @@ class EvalConfig:
         map_fusion: "max" (see `multi_scale`) or "sum" (see `multi_scale_sum`).
         decoder_fusion: "max" (see `multi_scale_logits`) or "mean" (see `multi_scale_mean`).
         crf_iterations: mean-field iterations of the CRF.
+        extra_scores: scores beside those that every run has, named as records name them: "<split>/<protocol>/<map>", for
+            example "test/maps-given-labels/cam+crf". To name it is to ask for it: labels may be given on any split.
 
-    Recipes may leave out the last four and `threshold_transcam`.
+    Recipes may leave out the last five and `threshold_transcam`.
     """
 
     eval_size: int
@@ -85,6 +87,7 @@ class EvalConfig:
     map_fusion: str = field(default="max", metadata={"optional": True})
     decoder_fusion: str = field(default="max", metadata={"optional": True})
     crf_iterations: int = field(default=10, metadata={"optional": True})
+    extra_scores: tuple[str, ...] = field(default=(), metadata={"optional": True})
 
     def __post_init__(self):
         check_choice("recipe field map_fusion", self.map_fusion, ("max", "sum"))
@@ -132,6 +135,19 @@ class Request:
         """Name of the score within a split: protocol/map[+crf][@threshold]."""
         swept = "" if self.threshold is None else f"@{self.threshold:g}"
         return f"{self.protocol}/{self.map}{'+crf' if self.crf else ''}{swept}"
+
+    @classmethod
+    def read(cls, name: str) -> tuple[str, "Request"]:
+        """Split and request of a score's full name "<split>/<protocol>/<map>[+crf]".
+
+        Raises:
+            ValueError: it is not of this form, or there is no such protocol.
+        """
+        parts = name.split("/")
+        if len(parts) != 3:
+            raise ValueError(f"recipe field extra_scores: {name!r} is not <split>/<protocol>/<map>, with +crf or without")
+        split, protocol, map_name = parts
+        return split, cls(protocol, map_name.removesuffix("+crf"), map_name.endswith("+crf"))
 
 
 @torch.no_grad()

@@ -221,7 +221,8 @@ class Experiment:
             check_known(name, {*recipe, *defaults}, "overrides")
             old = recipe[name] if name in recipe else defaults[name]
             numbers = isinstance(old, int | float) and isinstance(value, int if types[name] is int else int | float)
-            if isinstance(old, bool) != isinstance(value, bool) or not (numbers or isinstance(value, type(old))):
+            same = isinstance(value, list | tuple if isinstance(old, list | tuple) else type(old))
+            if isinstance(old, bool) != isinstance(value, bool) or not (numbers or same):
                 raise ValueError(f"overrides: {name} = {value!r} has the wrong type; the recipe has {old!r}")
             if value != old:  # 20.0 is the recipe's 20: the same run
                 recipe[name] = value
@@ -654,7 +655,22 @@ def score_plan(experiment: Experiment) -> list[tuple[str, int | None, list[Reque
         plan += [("val", None, predicted)]
     fair = lambda request, split: request.map == DECODER or request.crf or split != config.threshold_split
     plan = [(split, images, [r for r in requests if fair(r, split)]) for split, images, requests in plan]
+    for split, request in map(Request.read, config.extra_scores):
+        _check_extra(experiment, request)
+        known = next((requests for name, _, requests in plan if name == split), None)
+        if known is None:
+            plan.append((split, None, [request]))
+        elif request not in known:
+            known.append(request)
     return [(split, images, requests) for split, images, requests in plan if requests]
+
+
+def _check_extra(experiment: Experiment, request: Request) -> None:
+    method = methods.find(experiment.method)
+    there = request.protocol == method.segments if request.map == DECODER else request.map in method.map_names
+    if not there:
+        has = ", ".join(filter(None, (*method.map_names, method.segments and f"{method.segments}/{DECODER}")))
+        raise ValueError(f"recipe field extra_scores: {experiment.method} has no {request.key}; it has {has}")
 
 
 def score(experiment, method, data_root, device, progress, runs=None) -> tuple[dict[str, dict], dict]:
@@ -670,7 +686,8 @@ def score(experiment, method, data_root, device, progress, runs=None) -> tuple[d
     for split, images, requests in score_plan(experiment):
         dataset = cached_dataset(source, split, data_root)
         sweeps = curves.setdefault(split, _sweeps(method)) if curves and split == "train" else {}
-        found = evaluate(method, dataset, requests, config, device, images, False, progress, sweeps, workers)
+        asked = bool(config.extra_scores)  # of labels that are given on a held-out split
+        found = evaluate(method, dataset, requests, config, device, images, asked, progress, sweeps, workers)
         metrics |= {f"{split}/{key}": _plain(scores) for key, scores in found.items()}
     if method.stage == "affinity":
         chain = [Trained(method, config), *(load_trained(e, runs) for e in experiment.chain())]
