@@ -313,7 +313,7 @@ def test_a_method_without_decoder_is_refused_and_its_maps_are_not():
 
 
 def test_an_unknown_map_is_named_with_the_known_ones():
-    with pytest.raises(KeyError, match="no map \"attention\"; this method returns cam, cam_aux, class_logits, lam"):
+    with pytest.raises(ValueError, match="no map \"attention\"; this method returns cam, cam_aux, class_logits, lam"):
         evaluate(Stub(), Toy(), [Request("maps-given-labels", "attention")], NATIVE, progress=False)
 
 

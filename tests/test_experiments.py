@@ -4,6 +4,7 @@ Runs are of a few images and steps: `tiny` cuts every split of the embedded benc
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -309,6 +310,13 @@ def test_recipe_table_shows_both_variants_and_their_sources():
     assert len(differing) and differing["source"].str.startswith("published: ").all()
 
 
+@pytest.mark.parametrize("method, variant", [("deeplab", "released"), ("supervised", "published")])
+def test_recipe_table_of_a_method_with_one_variant(method, variant):
+    entries, table = recipe_entries(method, variant, "embedded"), recipe_table(method, "embedded")
+    expected = [[name, str(entry["value"]), entry["source"]] for name, entry in entries.items()]
+    assert list(table.columns) == ["field", variant, "source"] and table.values.tolist() == expected
+
+
 # ------------------------------------------------------------------------------------------------------------ names
 
 
@@ -457,6 +465,43 @@ def test_a_killed_run_is_done_anew_with_the_same_numbers(finished, tmp_path):
     record = run_on_few_images(TINY, tmp_path)
     assert read_state(folder)["state"] == "done"
     assert (record.metrics, record.history) == (finished[1].metrics, finished[1].history)
+
+
+def test_a_full_disk_ends_a_run_by_name_and_nothing_is_lost(finished, tmp_path, monkeypatch):
+    folder, written = tmp_path / TINY.name, []
+
+    def replace(temporary, path, plain=os.replace):
+        if written and written[-1].endswith("checkpoint.pt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(str(path))
+        plain(temporary, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    message = rf"{folder}/\w+.json: cannot be written \(No space left on device\).*free space and go on"
+    with pytest.raises(OSError, match=message):
+        run_on_few_images(TINY, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="not done"):
+        Record.read(folder)
+    assert {path.name for path in folder.iterdir()} == {"state.json", "checkpoint.pt", ".lock"}
+    record = run_on_few_images(TINY, tmp_path)
+    assert (record.metrics, record.history) == (finished[1].metrics, finished[1].history)
+
+
+def test_the_checkpoint_of_another_method_is_refused_and_kept(finished, tmp_path):
+    other = replace(TINY, method="more")
+    content = (finished[0] / TINY.name / "checkpoint.pt").read_bytes()
+    (tmp_path / other.name).mkdir()
+    (tmp_path / other.name / "checkpoint.pt").write_bytes(content)
+    message = f"checkpoint.pt: this checkpoint is of the run '{TINY.name}', not of '{other.name}'; .*remove the file"
+    with pytest.raises(ValueError, match=message):
+        run_on_few_images(other, tmp_path)
+    assert (tmp_path / other.name / "checkpoint.pt").read_bytes() == content
+
+
+def test_at_the_papers_scale_the_crf_has_all_cores():
+    assert experiments._crf_workers(TINY) == 1, "small runs stand side by side"
+    assert experiments._crf_workers(Experiment("cam", "published", "voc2012")) is None
 
 
 def test_more_describes_its_tokens(tmp_path):
@@ -767,6 +812,18 @@ def test_sources_are_trained_first_and_once(stub_runs, tmp_path):
     started = len(stub_runs)
     run_all(wanted, tmp_path, progress=False)
     assert len(stub_runs) == started
+
+
+def test_a_source_is_trained_only_for_what_is_missing(stub_runs, tmp_path):
+    run_all([RETRAINED], tmp_path, progress=False)
+    for source in RETRAINED.chain():
+        shutil.rmtree(tmp_path / source.name)
+    started = len(stub_runs)
+    [record] = run_all([RETRAINED], tmp_path, progress=False)
+    assert record.name == RETRAINED.name and len(stub_runs) == started, "the run is done, whatever it was built on"
+    other = replace(RETRAINED, overrides=(*RETRAINED.overrides, ("crf_masks", False)))
+    run_all([RETRAINED, other], tmp_path, progress=False)
+    assert stub_runs[started:] == [SEEDS.name, AFFINITY.name, other.name]
 
 
 def test_what_builds_on_a_failed_run_is_not_started_and_the_rest_is(stub_runs, tmp_path):

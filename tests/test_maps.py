@@ -211,8 +211,20 @@ def test_bad_input_is_named():
         multi_scale(dict, torch.zeros(3, 8, 8), [1], relu={})
     with pytest.raises(ValueError, match="scales is empty"):
         multi_scale(lambda x: {"cam": x}, images, [], relu={"cam": True})
-    with pytest.raises(KeyError, match='no map "lam"; this method returns cam'):
-        multi_scale(lambda x: {"cam": x}, images, [1], relu={"lam": True})
+
+
+@pytest.mark.parametrize(
+    "fuse",
+    [
+        lambda forward, images: multi_scale(forward, images, [1], {"lam": True}),
+        lambda forward, images: multi_scale_sum(forward, [images], ["lam"], (8, 8)),
+        lambda forward, images: multi_scale_probabilities(forward, images, [1], ["lam"]),
+    ],
+    ids=["multi_scale", "multi_scale_sum", "multi_scale_probabilities"],
+)
+def test_an_unknown_map_is_named_with_those_that_there_are(fuse, request):
+    with pytest.raises(ValueError, match=rf'{request.node.callspec.id}: no map "lam"; this method returns aux, cam'):
+        fuse(lambda images: {"cam": images, "aux": images}, torch.zeros(2, 3, 8, 8))
 
 
 def test_golden_seco_multiscale_cam(golden):

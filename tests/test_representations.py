@@ -255,7 +255,7 @@ def test_larger_images_cost_more_and_show_more():
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Images of 16 x 16 of the classes a (above) and b (below, but in the first image), with a void column."""
+    """Images of 16 x 16 of the classes a (above) and b (below, but in the first), with a void column and corner."""
 
     classes = ("a", "b")
 
@@ -266,7 +266,7 @@ class Pairs(torch.utils.data.Dataset):
         mask = torch.zeros(16, 16, dtype=torch.int64)
         mask[1:7, 2:9] = 1
         mask[9:15, 5:12] = 2 if index else 0
-        mask[:, 15] = 255
+        mask[:, 15] = mask[:4, 12:] = 255
         image = torch.full((3, 16, 16), index, dtype=torch.uint8)
         return Sample(image, torch.tensor([1.0, float(index > 0)]), mask, str(index))
 
@@ -305,8 +305,9 @@ def test_activation_against_loops():
         for row, column in np.ndindex(4, 4):
             cell = sample.mask[4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten().tolist()
             label = max(sorted(set(cell)), key=cell.count)
-            kind = "object" if label > 0 else "background"
-            found.setdefault(f"attention_{kind}", []).append(method.attention[index, row, column].item())
+            kind = {0: "background", 255: None}.get(label, "object")
+            if kind:
+                found.setdefault(f"attention_{kind}", []).append(method.attention[index, row, column].item())
         for name, values in method.values.items():
             for c in sample.label.nonzero()[:, 0].tolist():
                 large = torch.nn.functional.interpolate(values[index, c][None, None], (16, 16), mode="bilinear")[0, 0]

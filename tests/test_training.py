@@ -12,7 +12,8 @@ from torch import nn
 from wsss import training
 from wsss.data import Sample
 from wsss.data.scenes import Scenes
-from wsss.training import TrainConfig, batches, build_optimizer, load_checkpoint, parameter_groups, rate_factor, train
+from wsss.methods.common import Method
+from wsss.training import TrainConfig, batches, build_optimizer, load_checkpoint, rate_factor, train
 
 CONFIG = TrainConfig(
     crop=80,
@@ -35,10 +36,8 @@ CONFIG = TrainConfig(
 )
 
 
-class Dummy(nn.Module):
+class Dummy(Method):
     """A method of two layers that also draws random numbers, as L_ure does."""
-
-    batch_fields, views = (), None
 
     def __init__(self):
         super().__init__()
@@ -82,8 +81,8 @@ def test_golden_more_lr_released(golden):
 def test_every_image_once_an_epoch_in_an_order_that_follows_from_the_seed():
     config = dataclasses.replace(CONFIG, batch_size=4, steps=5)
     requests = [request for batch in batches(10, config, 3, 0) for request in batch]
-    assert sorted(index for index, _ in requests[:10]) == sorted(index for index, _ in requests[10:20]) == list(range(10))
-    assert [index for index, _ in requests[:10]] != [index for index, _ in requests[10:20]]
+    first, second = ([index for index, _ in requests[start : start + 10]] for start in (0, 10))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
     assert len({seed for _, seed in requests}) == len(requests)
     assert list(batches(10, config, 3, 2)) == list(batches(10, config, 3, 0))[2:]
     assert list(batches(10, config, 4, 0)) != list(batches(10, config, 3, 0))
@@ -131,7 +130,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(scenes, tmp_path, killed_at):
 
 
 def test_backbone_and_heads_have_their_own_rates():
-    backbone, heads = parameter_groups(fresh(), CONFIG)
+    backbone, heads = fresh().parameter_groups(CONFIG)
     assert (backbone["base_lr"], heads["base_lr"]) == (1e-3, pytest.approx(1e-2))
     assert len(backbone["params"]) == len(heads["params"]) == 2
 
@@ -221,10 +220,8 @@ def test_a_method_gets_the_mask_and_where_it_is_valid():
     assert (seen["mask"] == 255).all() and seen["valid"].dtype == torch.bool and seen["valid"].sum() == 30 * 30
 
 
-class Slope(nn.Module):
+class Slope(Method):
     """Two scalars that start at 0 and whose gradients are always 1, one trained as backbone and one as head."""
-
-    batch_fields, views = (), None
 
     def __init__(self):
         super().__init__()
@@ -264,10 +261,8 @@ def test_golden_seco_lr_schedule(golden, monkeypatch):
     torch.testing.assert_close(after, arrays["parameter_after"], rtol=1e-4, atol=0)
 
 
-class Descent(nn.Module):
+class Descent(Method):
     """One vector per multiple of the rate, each with the gradient A w + G[step]."""
-
-    batch_fields, views = (), None
 
     def __init__(self, start, slope, noise, groups):
         super().__init__()
@@ -313,7 +308,8 @@ TRANSCAM = dataclasses.replace(CONFIG, crop=8, batch_size=1, warmup_steps=0, cli
 def test_golden_transcam_optim_of_the_affinity_network(golden, monkeypatch, momentum, key):
     """The weight decay that slipped into the place of the momentum, and what was likely meant."""
     arrays = golden("transcam_optim")
-    config = dataclasses.replace(TRANSCAM, lr=arrays["lr"], steps=arrays["max_step"], optimizer="sgd", momentum=momentum)
+    own = {"lr": arrays["lr"], "steps": arrays["max_step"], "optimizer": "sgd", "momentum": momentum}
+    config = dataclasses.replace(TRANSCAM, **own)
     groups = {1: 5e-4, 10: 5e-4, 2: 0.0, 20: 0.0}
     vectors, rates = descend(monkeypatch, arrays, config, groups)
     for index, multiplier in enumerate(groups):
@@ -340,5 +336,6 @@ def test_golden_transcam_optim_of_deeplab(golden):
 def test_a_method_may_group_its_parameters_itself():
     method = Descent(torch.zeros(2), torch.ones(2), torch.zeros(1, 2), {1: 0.1, 3: 0.0})
     optimizer = build_optimizer(method, dataclasses.replace(CONFIG, weight_decay=0.7))
-    assert [(g["base_lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1e-3, 0.1), (pytest.approx(3e-3), 0)]
+    found = [(group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [(1e-3, 0.1), (pytest.approx(3e-3), 0)]
     assert isinstance(optimizer, torch.optim.AdamW)

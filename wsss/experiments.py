@@ -110,8 +110,8 @@ def recipe_entries(method: str, variant: str, dataset: str) -> dict[str, dict]:
     """Every number of a recipe with the place it comes from: name -> {"value", "source"}.
 
     The layers of the TOML file are laid over each other: base, variant, dataset, variant of the dataset. A file that
-    `inherits` another method's goes on top of it, as far as it has the same fields, a dataset that is `like` another one
-    on top of that one.
+    `inherits` another method's goes on top of it, as far as it has the same fields, a dataset that is `like` another
+    one on top of that one.
 
     Raises:
         ValueError: unknown variant or dataset, a field that no config knows, or one that is missing.
@@ -149,7 +149,7 @@ def _configs(method: str) -> tuple[type, ...]:
 
 
 def _optional(method: str) -> dict[str, object]:
-    """Fields that a recipe may leave out, with their defaults: a run without them has the name it had before they existed."""
+    """Fields that a recipe may leave out, with their defaults: without them a run has the name it had before them."""
     return {f.name: f.default for config in _configs(method) for f in fields(config) if "optional" in f.metadata}
 
 
@@ -214,7 +214,8 @@ class Experiment:
         Raises:
             ValueError: an override names an unknown field or has another type than the recipe's value.
         """
-        recipe = {name: entry["value"] for name, entry in recipe_entries(self.method, self.variant, self.dataset).items()}
+        entries = recipe_entries(self.method, self.variant, self.dataset)
+        recipe = {name: entry["value"] for name, entry in entries.items()}
         types = {f.name: f.type for config in _configs(self.method) for f in fields(config)}
         defaults = _optional(self.method)
         for name, value in self.overrides:
@@ -229,7 +230,7 @@ class Experiment:
         return recipe
 
     def kept_recipe(self) -> dict[str, object]:
-        """The recipe as records keep it: `weights` is what the file holds, wherever it lies, or what a record says of it.
+        """The recipe as records keep it: `weights` is what the file holds, wherever it lies, or a record says of it.
 
         Raises:
             FileNotFoundError: the recipe names weights, and there is no such file.
@@ -294,7 +295,7 @@ def with_seeds(experiments: Sequence[Experiment], count: int) -> list[Experiment
 
 
 def worth(experiment: Experiment, split: str, data_root: str | None = None) -> str:
-    """What scores on a split are worth, for captions: the floors of the images that are scored, the patch grid's ceiling."""
+    """What scores on a split are worth, for captions: floors of the scored images and the patch grid's ceiling."""
     recipe = experiment.recipe()
     side = (recipe["eval_size"] or recipe["crop"]) // backbones.stride(recipe["backbone"])
     images = recipe["train_images"] or None if split.startswith("train") else None
@@ -303,7 +304,7 @@ def worth(experiment: Experiment, split: str, data_root: str | None = None) -> s
 
 
 def recipe_for(dataset: str) -> str:
-    """The recipe that this machine can train for a dataset: the papers' scale where there is a GPU, else a small one."""
+    """The recipe that this machine can train for a dataset: the papers' scale on a GPU, else a small one."""
     return "voc2012-cpu" if dataset == "voc2012" and not torch.cuda.is_available() else dataset
 
 
@@ -316,8 +317,8 @@ class Record:
 
     Attributes:
         metrics: "<split>/<protocol>/<map>" -> {"miou", "precision", ... (fractions), "iou": per class, ...}.
-        tokens: what the method's `describe` says of its trained network; {} where it says nothing. Where thresholds were
-            chosen: "thresholds" (map -> background score) and "curves" (split -> map -> mIoU at `THRESHOLDS`).
+        tokens: what the method's `describe` says of its trained network; {} where it says nothing. Where thresholds
+            were chosen: "thresholds" (map -> background score) and "curves" (split -> map -> mIoU at `THRESHOLDS`).
         source: name of the run that this one builds on, or "".
     """
 
@@ -382,7 +383,8 @@ def environment(device: torch.device) -> dict:
     git = lambda *words: subprocess.run(
         ["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), platform.machine())
+    names = (line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name"))
+    cpu = next(names, platform.machine())
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
@@ -749,14 +751,17 @@ def run_all(
 ) -> list[Record]:
     """Train what is not done, `workers` runs side by side in processes of their own, and return all records in order.
 
-    Runs that others build on come first, whether they are listed or not.
+    Runs that a missing one builds on come first, whether they are listed or not.
 
     Raises:
-        RuntimeError: a run failed; the message names it and its error. Those that do not build on it are finished first.
+        RuntimeError: a run failed; the message names it and its error. Those that do not build on it are finished
+            first.
     """
+    is_done = lambda e: read_state(Path(runs) / e.name)["state"] == "done"
     stages: dict[int, dict[str, Experiment]] = {}
     for experiment in experiments:
-        for e in (experiment, *experiment.chain()):
+        needed = () if is_done(experiment) else experiment.chain()
+        for e in (experiment, *needed):
             stages.setdefault(len(e.chain()), {})[e.name] = e
     bar = tqdm(total=sum(map(len, stages.values())), desc="runs", unit="run", disable=not progress)
     failures: dict[str, str] = {}
@@ -764,7 +769,7 @@ def run_all(
         wanted = stages[depth].values()
         lost = [e for e in wanted if any(source.name in failures for source in e.chain())]
         failures |= {e.name: f"{e.name}: not started, a run that it builds on failed" for e in lost}
-        done = [e for e in wanted if read_state(Path(runs) / e.name)["state"] == "done"]
+        done = [e for e in wanted if is_done(e)]
         bar.update(len(done) + len(lost))
         missing = [e for e in wanted if e not in done and e not in lost]
         if missing:
@@ -787,8 +792,8 @@ def obtain(
 ) -> tuple[list[Record], list[Record] | None]:
     """What a notebook shows: the records of `experiments`, and the committed ones to compare new ones with.
 
-    The embedded benchmark's committed records, under <results>/embedded/runs, are read unless `retrain` is set; then, and
-    for any other dataset, what is not done is trained. New runs go to <out>/runs, or to <results>/<identity>/runs
+    The embedded benchmark's committed records, under <results>/embedded/runs, are read unless `retrain` is set; then,
+    and for any other dataset, what is not done is trained. New runs go to <out>/runs, or to <results>/<identity>/runs
     when `out` is "" (which is not allowed for the embedded benchmark: it would overwrite the committed records).
 
     Returns:

@@ -4,7 +4,7 @@ Maps have the shape (B, C, h, w) with one channel per foreground class; labels (
 (B, h, w): 0 background, 1..C class (channel index + 1), 255 uncertain.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def minmax(maps: Tensor) -> Tensor:
 
 
 def minmax_transcam(maps: Tensor) -> Tensor:
-    """Scale every map to 0..1 as TransCAM's code does: (x - min - 1e-5) / (max - min + 1e-5), values next to min set to 0.
+    """Scale every map to 0..1 as TransCAM's code does: (x - min - 1e-5) / (max - min + 1e-5), 0 for values next to min.
 
     So the largest value stays just below 1. Where a map is 0 at its least, the least becomes -1e-5 / max; where it is
     positive everywhere, the pixels next to its minimum fall to about -min / (max - min), far below 0.
@@ -101,19 +101,15 @@ def multi_scale(
         {name: (B, C, H, W) in [0, 1)}.
 
     Raises:
-        ValueError: images of another shape, or no scales.
-        KeyError: `forward` does not return a map of that name.
+        ValueError: images of another shape, no scales, or a map that `forward` does not return.
     """
     size = _check_images(images, "multi_scale")
     total: dict[str, Tensor] = {}
     for inputs in _scaled_inputs(images, scales, flip):
-        maps = forward(inputs)
-        for name, rectify in relu.items():
-            if name not in maps:
-                raise KeyError(f'multi_scale: no map "{name}"; this method returns {", ".join(sorted(maps))}')
-            pair = resize(maps[name], size)
+        for name, own in _wanted(forward(inputs), relu, "multi_scale"):
+            pair = resize(own, size)
             merged = torch.maximum(*_unmirrored(pair)) if flip else pair
-            merged = merged.relu() if rectify else merged
+            merged = merged.relu() if relu[name] else merged
             total[name] = total[name] + merged if name in total else merged
     return {name: minmax(maps) for name, maps in total.items()}
 
@@ -128,8 +124,8 @@ def multi_scale_sum(
 ) -> dict[str, Tensor]:
     """Maps summed over image scales and mirror images, without gradient (TransCAM).
 
-    Unlike in `multi_scale`, negative values cancel positive ones of another scale; they are cut off after the sum, which is
-    then normalised by `minmax_transcam`.
+    Unlike in `multi_scale`, negative values cancel positive ones of another scale; they are cut off after the sum,
+    which is then normalised by `minmax_transcam`.
 
     Args:
         forward: (2B, 3, h, w) images -> maps by name, each (2B, C, h', w'); one call for each of `inputs`.
@@ -142,14 +138,14 @@ def multi_scale_sum(
         {name: (B, C, H, W)}, below 1.
 
     Raises:
-        ValueError: images of another shape, or no scales.
+        ValueError: images of another shape, no scales, or a map that `forward` does not return.
     """
     total: dict[str, Tensor] = {}
     for images in inputs:
         _check_images(images, "multi_scale_sum")
         maps = forward(torch.cat([images, images.flip(-1)]) if flip else images)
-        for name in names:
-            own = resize(maps[name], size)
+        for name, own in _wanted(maps, names, "multi_scale_sum"):
+            own = resize(own, size)
             own = torch.add(*_unmirrored(own)) if flip else own
             total[name] = total[name] + own if name in total else own
     if not total:
@@ -248,14 +244,13 @@ def multi_scale_probabilities(
         {name: (B, C + 1, h', w')}, on the patch grid of the first scale.
 
     Raises:
-        ValueError: images of another shape, or no scales.
+        ValueError: images of another shape, no scales, or a map that `forward` does not return.
     """
     _check_images(images, "multi_scale_probabilities")
     total: dict[str, Tensor] = {}
     for inputs in _scaled_inputs(images, scales, flip):
-        maps = forward(inputs)
-        for name in names:
-            own = torch.add(*_unmirrored(maps[name])) / 2 if flip else maps[name]
+        for name, own in _wanted(forward(inputs), names, "multi_scale_probabilities"):
+            own = torch.add(*_unmirrored(own)) / 2 if flip else own
             total[name] = total[name] + resize(own, total[name].shape[-2:]) if name in total else own
     return {name: maps / len(scales) for name, maps in total.items()}
 
@@ -350,6 +345,14 @@ def check_labels(maps: Tensor, labels: Tensor, caller: str) -> None:
             f"{caller}: labels have shape {tuple(labels.shape)}, but the maps {tuple(maps.shape)} need "
             f"{tuple(maps.shape[:2])}, one 0/1 per image and class"
         )
+
+
+def _wanted(maps: Mapping[str, Tensor], names: Iterable[str], caller: str) -> Iterator[tuple[str, Tensor]]:
+    """The maps of these names, by name; ValueError, which names those that there are, where one is none of them."""
+    for name in names:
+        if name not in maps:
+            raise ValueError(f'{caller}: no map "{name}"; this method returns {", ".join(sorted(maps))}')
+        yield name, maps[name]
 
 
 def _ratio(values: Tensor, by: Tensor) -> Tensor:

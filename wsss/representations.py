@@ -47,7 +47,8 @@ def describe_tokens(method: nn.Module, dataset: Dataset[Sample], images: int, de
         similarity.append((mean.square().sum(1) * length - 1) / (length - 1))  # mean over pairs of different patches
     tokens, owners = torch.cat(tokens).numpy(), torch.cat(owners).numpy()
     unit = tokens / np.linalg.norm(tokens, axis=1, keepdims=True)
-    points = TSNE(metric="cosine", init="random", perplexity=min(30, len(unit) // 4), random_state=seed).fit_transform(unit)
+    perplexity = min(30, len(unit) // 4)
+    points = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(unit)
     return {
         "silhouette": round(float(silhouette_score(unit, owners, metric="cosine")), 4),
         "patch_similarity": round(float(torch.cat(similarity).mean()), 4),
@@ -276,10 +277,10 @@ def describe_activation(method: nn.Module, dataset: Dataset[Sample], images: int
     activation is its value between 0 (its least pixel) and 1 (its highest), for the classes of the image.
 
     Returns:
-        `attention_background`, `attention_object`: mean attention of patches without and with an object (by the majority of
-        their pixels). For each of the maps "cam" and "transcam", `<map>_background`: mean activation of pixels of the
-        background; `<map>_object`: of the pixels of the map's own class; `<map>_other`: of objects of other classes (None
-        where there are none).
+        `attention_background`, `attention_object`: mean attention of patches without and with an object (by the
+        majority of their pixels; patches that are void do not count). For each of the maps "cam" and "transcam",
+        `<map>_background`: mean activation of pixels of the background; `<map>_object`: of the pixels of the map's own
+        class; `<map>_other`: of objects of other classes (None where there are none).
     """
     method.eval()
     device, patch = next(method.parameters()).device, method.backbone.patch_size
@@ -291,9 +292,9 @@ def describe_activation(method: nn.Module, dataset: Dataset[Sample], images: int
         with torch.no_grad():
             got = method.received_attention(inputs).flatten(1).cpu()
             maps = {name: minmax(resize(values, masks.shape[1:])).cpu() for name, values in method.maps(inputs).items()}
-        objects = majority_labels(masks, patch).flatten(1) > 0
-        found["attention_background"].append(got[~objects])
-        found["attention_object"].append(got[objects])
+        patches = majority_labels(masks, patch).flatten(1)
+        found["attention_background"].append(got[patches == 0])
+        found["attention_object"].append(got[(patches > 0) & (patches != UNCERTAIN)])
         image, c = labels.nonzero(as_tuple=True)
         truth = masks[image]
         places = {"background": truth == 0, "object": truth == c[:, None, None] + 1}

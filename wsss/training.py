@@ -27,6 +27,8 @@ from wsss.files import write_atomic
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from wsss.methods.common import Method
+
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +43,7 @@ class TrainConfig:
         steps: optimiser steps.
         lr: base rate of the optimiser, used for the backbone.
         head_lr_multiplier: rate of all other parameters, as a multiple of `lr`.
-        weight_decay: of every parameter, unless the method groups its parameters itself.
+        weight_decay: of every parameter whose group, see `Method.parameter_groups`, has none of its own.
         warmup_steps: steps of linear warm-up.
         warmup_ratio: share of the rate at step 0.
         poly_power: exponent of the polynomial decay.
@@ -114,7 +116,7 @@ def rate_factor(step: int, config: TrainConfig) -> float:
 class _Augmented(Dataset):
     """Training view of a dataset, with what a method asks for; an item is asked for by (index, seed of its crop)."""
 
-    def __init__(self, dataset: Dataset, transform: TrainTransform, method: nn.Module):
+    def __init__(self, dataset: Dataset, transform: TrainTransform, method: "Method"):
         self.dataset, self.transform = dataset, transform
         self.wanted, self.views = method.batch_fields, method.views
 
@@ -179,33 +181,16 @@ def check_total_batch(config: TrainConfig, processes: int, accumulate: int) -> N
         )
 
 
-def parameter_groups(method: nn.Module, config: TrainConfig) -> list[dict]:
-    """Dicts with "params", "base_lr" and, where it is not the recipe's, "weight_decay".
-
-    Those of the method's own `parameter_groups(config)` where it has one; else the backbone at the base rate, and
-    everything else at `head_lr_multiplier` times it.
-    """
-    if hasattr(method, "parameter_groups"):
-        return method.parameter_groups(config)
-    backbone = list(method.backbone.parameters())
-    known = {id(parameter) for parameter in backbone}
-    heads = [p for p in method.parameters() if p.requires_grad and id(p) not in known]
-    return [
-        {"params": [p for p in backbone if p.requires_grad], "base_lr": config.lr},
-        {"params": heads, "base_lr": config.lr * config.head_lr_multiplier},
-    ]
-
-
-def build_optimizer(method: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(method: "Method", config: TrainConfig) -> torch.optim.Optimizer:
     """The recipe's optimiser of the method's parameters; `train` sets the rate of a group from its "base_lr"."""
-    groups = parameter_groups(method, config)
+    groups = method.parameter_groups(config)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def train(
-    method: nn.Module,
+    method: "Method",
     dataset: Dataset,
     config: TrainConfig,
     seed: int,
@@ -214,7 +199,7 @@ def train(
     device: str | torch.device = "cpu",
     workers: int = 0,
     progress: bool = True,
-    observe: Callable[[int, nn.Module], None] | None = None,
+    observe: "Callable[[int, Method], None] | None" = None,
     fabric: "Fabric | None" = None,
     accumulate: int = 1,
 ) -> list[dict[str, float]]:

@@ -9,6 +9,7 @@ from wsss.methods.deeplab import DeepLab
 from wsss.methods.more import MoRe
 from wsss.methods.seco import SeCo
 from wsss.methods.supervised import Supervised
+from wsss.methods.toco import ToCo
 from wsss.methods.transcam import TransCAM
 
 METHODS = {
@@ -16,6 +17,7 @@ METHODS = {
     "more": MoRe,
     "seco": SeCo,
     "apc": APC,
+    "toco": ToCo,
     "transcam": TransCAM,
     "affinity": AffinityNet,
     "deeplab": DeepLab,

@@ -53,7 +53,8 @@ class AffinityConfig:
         check_variant(self.variant, "AffinityNet")
         if self.threshold_low > self.threshold_high:
             raise ValueError(
-                f"AffinityNet: threshold_low = {self.threshold_low} must not be above threshold_high = {self.threshold_high}"
+                f"AffinityNet: threshold_low = {self.threshold_low} must not be above "
+                f"threshold_high = {self.threshold_high}"
             )
         if self.radius < 2:
             raise ValueError(f"AffinityNet: radius = {self.radius} leaves no pairs; give at least 2 cells")

@@ -206,7 +206,7 @@ class Cam(Method):
         terms = {}
         if config.weight_ptc and step >= config.ptc_start:
             label = self.cell_labels(seeds["cam_aux"], tokens, labels, config.ptc_thresholds)
-            terms["ptc"] = config.weight_ptc * ptc_loss(features, label)
+            terms["ptc"] = config.weight_ptc * self.patch_contrast(features, label)
         if self.decoder is not None and step >= config.seg_start:
             size = images.shape[-2:]
             rgb = denormalise(images).clamp(0, 255)
@@ -231,6 +231,10 @@ class Cam(Method):
                     valid,
                 )
         return terms
+
+    def patch_contrast(self, features: Tensor, label: Tensor) -> Tensor:
+        """L_ptc of patch tokens (B, D, h, w) with the labels (B, h, w); methods may have another form of it."""
+        return ptc_loss(features, label)
 
     def label_source(self, step: int) -> str:
         """The seed map that becomes the decoder's pseudo label at `step`."""

@@ -1,10 +1,11 @@
-"""What methods have in common: their interface, checks of their settings, and full precision where half would spoil a loss."""
+"""What methods have in common: their interface, checks of settings, full precision where half would spoil a loss."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from wsss.data import Sample
+from wsss.training import TrainConfig
 
 VARIANTS = ("published", "released")
 
@@ -12,20 +13,21 @@ VARIANTS = ("published", "released")
 class Method(nn.Module):
     """What training, evaluation and later stages ask of a method: three faces, and a few facts about them.
 
-    It is built from (config, number of foreground classes C, backbone), and has them as `config`, `num_classes`, `backbone`.
+    It is built from (config, number of foreground classes C, backbone), and has them as `config`, `num_classes` and
+    `backbone`.
 
     Attributes:
         Config: dataclass of its hyper-parameters.
         variants: the recipes that there are: by the paper's text, and by its public code.
-        batch_fields: what a training batch must hold besides image and label: "mask" (B, H, W), the label map, for networks
-            that learn from masks, or "valid" (B, H, W), False where an image was padded.
+        batch_fields: what a training batch must hold besides image and label: "mask" (B, H, W), the label map, for
+            networks that learn from masks, or "valid" (B, H, W), False where an image was padded.
         views: makes further views of a training image, (uint8 image, its normalised crop) -> {name: tensor}; or None.
         map_names: the maps that can be scored.
         crf_maps: those of them that are also scored after a CRF, and with the labels that the network predicts.
         probability_maps: those of them that have a background channel.
         mask_map: the one that becomes the pseudo masks of a second network; "" where there are no maps.
-        stage: "" for what learns from image labels (or true masks); "affinity" and "retrained" for later stages, which learn
-            from what a run before them leaves (see `wsss.stages`).
+        stage: "" for what learns from image labels (or true masks); "affinity" and "retrained" for later stages, which
+            learn from what a run before them leaves (see `wsss.stages`).
         segments: the protocol under which its decoder is scored, "decoder" or "retrained"; "" without a decoder.
     """
 
@@ -44,6 +46,19 @@ class Method(nn.Module):
     def class_tokens(num_classes: int) -> int:
         """How many class tokens the backbone needs for C classes."""
         return 1
+
+    def parameter_groups(self, config: TrainConfig) -> list[dict]:
+        """What the optimiser trains: dicts with "params", "base_lr" and, where it is not the recipe's, "weight_decay".
+
+        The backbone at the base rate, and everything else at `head_lr_multiplier` times it.
+        """
+        backbone = list(self.backbone.parameters())
+        known = {id(parameter) for parameter in backbone}
+        heads = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        return [
+            {"params": [p for p in backbone if p.requires_grad], "base_lr": config.lr},
+            {"params": heads, "base_lr": config.lr * config.head_lr_multiplier},
+        ]
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weighted terms that are on at `step`, by name.

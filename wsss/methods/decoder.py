@@ -1,4 +1,4 @@
-"""The segmentation decoders of the single-stage papers: patch tokens as a map -> logits, at the size of the patch grid."""
+"""The segmentation decoders of the single-stage papers: patch tokens as a map -> logits, on the patch grid."""
 
 from torch import Tensor, nn
 

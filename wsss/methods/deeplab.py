@@ -76,7 +76,7 @@ class DeepLab(Method):
                 module.requires_grad_(False)
 
     def parameter_groups(self, config: TrainConfig) -> list[dict]:
-        """The backbone at the base rate, the head at `head_lr_multiplier` times it, its bias at twice that, undecayed."""
+        """Backbone at the base rate, head at `head_lr_multiplier` times it, its bias at twice that and not decayed."""
         trained = lambda module: [p for p in module.parameters() if p.requires_grad]
         head_lr, bias = config.lr * config.head_lr_multiplier, self.head[-1].bias
         return [

@@ -73,8 +73,8 @@ def draw_corners(mask: Tensor, size: int, count: int, priority: Tensor | None = 
     rows, columns = height - 2 * margin, width - 2 * margin
     if size < 1 or min(rows, columns) < 1 or rows * columns < count:
         raise ValueError(
-            f"SeCo: {count} patches of {size}x{size} pixels do not fit into an image of {height}x{width}; choose a smaller "
-            "patch_size, fewer patches or a larger crop"
+            f"SeCo: {count} patches of {size}x{size} pixels do not fit into an image of {height}x{width}; choose a "
+            "smaller patch_size, fewer patches or a larger crop"
         )
     if priority is None:
         priority = torch.rand(mask.shape, device=mask.device)
@@ -141,8 +141,8 @@ def _counts(mask: Tensor, num_classes: int) -> Tensor:
 def _check_tags(tags: Tensor, num_classes: int) -> None:
     if tags.numel() and not UNCERTAIN <= tags.min() <= tags.max() <= num_classes:
         raise ValueError(
-            f"SeCo: tags lie between {int(tags.min())} and {int(tags.max())}; expected -1 (uncertain), 0 (background) and "
-            f"1..{num_classes}"
+            f"SeCo: tags lie between {int(tags.min())} and {int(tags.max())}; expected -1 (uncertain), 0 (background) "
+            f"and 1..{num_classes}"
         )
 
 
@@ -150,8 +150,8 @@ def patch_tags_released(mask: Tensor, corners: Tensor, size: int, num_classes: i
     """Tags as released: of the two views of the whole image, then of the patches.
 
     The share of the target is a sum of class *indices* (uncertain pixels count 1), so that a class passes the more
-    easily the higher its index is. Where an image's mask has exactly one class, its uncertain pixels count as that class
-    when a patch's classes are listed. A whole view has the class of the mask, -1 for several, and 1 for none.
+    easily the higher its index is. Where an image's mask has exactly one class, its uncertain pixels count as that
+    class when a patch's classes are listed. A whole view has the class of the mask, -1 for several, and 1 for none.
 
     Args:
         mask: tag mask (B, H, W).
@@ -315,7 +315,8 @@ class Reservoir(nn.Module):
         capacity = len(self.keys)
         if len(keys) > capacity:
             raise ValueError(
-                f"SeCo: reservoir = {capacity} slots cannot take the {len(keys)} patches of one batch; choose a larger reservoir"
+                f"SeCo: reservoir = {capacity} slots cannot take the {len(keys)} patches of one batch; "
+                "choose a larger reservoir"
             )
         slots = (self.pointer + torch.arange(len(keys), device=keys.device)) % capacity
         self.keys[slots] = keys.to(self.keys.dtype)
@@ -526,7 +527,7 @@ class SeCo(Cam):
     | tags | share of pixels (`patch_tags`) | `patch_tags_released` |
     | key of a patch | its strong view | half the time the mirrored place |
     | prototypes (eq. 3) | `update_prototypes` | `update_prototypes_released` |
-    | rectification (eqs. 6, 7) | before the keys enter; uncertain; the pool keeps the new tags | after; background; the old tags |
+    | rectification (eqs. 6, 7) | before keys enter; uncertain; new tags kept | after; background; old tags kept |
     | L_LiL (eq. 8) | against the reservoir | `..._released`, current keys twice |
 
     Args:
@@ -695,9 +696,10 @@ def describe(method: SeCo, dataset: Dataset[Sample], images: int) -> dict:
         `tag_accuracy`, `tag_accuracy_final`: of the patches whose tag and true tag are both certain, the share in which
             they are equal, for tags from the auxiliary and from the main CAM;
         `diversity`, `diversity_final`: 1 - correlation of the maps of two classes of an image, auxiliary and main CAM;
-        `similarity_true`, `similarity_false`: mean mu (eq. 6) of those patches that are tagged as a class, truly or falsely;
-        `mixed_second`, `mixed_absent`: of patches with two classes, the mean cosine to the prototype of the less similar
-            one of them, and to those of the classes that their image does not have;
+        `similarity_true`, `similarity_false`: mean mu (eq. 6) of those patches that are tagged as a class, truly or
+            falsely;
+        `mixed_second`, `mixed_absent`: of patches with two classes, the mean cosine to the prototype of the less
+            similar one of them, and to those of the classes that their image does not have;
         `pair_similarity_weighted`, `_equal`, `_single`: mean cosine between the prototypes of two classes that share
             images, weighted by how many, after these images have updated the prototypes by each rule;
         `drift`: 1 - cosine between a tag's mean key in the older and the newer half of the reservoir, mean over tags.
@@ -738,7 +740,7 @@ def describe(method: SeCo, dataset: Dataset[Sample], images: int) -> dict:
 
 
 def _judge(method: SeCo, samples: list[Sample], generator: torch.Generator) -> dict[str, Tensor]:
-    """Tags, similarities and maps of some images, flat over patches or pairs, and their class tokens; see `describe`."""
+    """Tags, similarities and maps of some images, flat over patches or pairs, and class tokens; see `describe`."""
     size, device, classes = method.config.patch_size, method.prototypes.device, method.num_classes
     images = torch.stack([normalise(sample.image) for sample in samples]).to(device)
     labels = torch.stack([sample.label for sample in samples]).to(device)

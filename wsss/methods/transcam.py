@@ -1,8 +1,8 @@
 """TransCAM, and background noise reduction (BNR) on top of it.
 
-TransCAM refines the class activation map of Conformer's convolutional branch by the attention of its transformer branch.
-BNR puts the refined map into the training loss. In the order of the paper: the attention map (eqs. 2-4), the refined map
-(eq. 5), the noise (eqs. 6, 7), the losses (eqs. 8, 9).
+TransCAM refines the class activation map of Conformer's convolutional branch by the attention of its transformer
+branch. BNR puts the refined map into the training loss. In the order of the paper: the attention map (eqs. 2-4), the
+refined map (eq. 5), the noise (eqs. 6, 7), the losses (eqs. 8, 9).
 
 Shapes: B images, (h, w) patches, N = h * w, T = 1 + N tokens, L blocks, S = C + 1 classes, the background is class 0.
 """
@@ -23,7 +23,7 @@ from wsss.representations import describe_activation
 NOISE_MODES = ("multiply", "power", "add")
 
 
-# ------------------------------------------------------------------------------------------------------- the attention map
+# --------------------------------------------------------------------------------------------------- the attention map
 
 
 def sum_attention(attention: Sequence[Tensor]) -> Tensor:
@@ -58,8 +58,8 @@ def refine(cam: Tensor, attention: Tensor) -> Tensor:
     """
     if attention.shape[1:] != (cam[0, 0].numel(),) * 2:
         raise ValueError(
-            f"refine: attention {tuple(attention.shape)} does not fit maps {tuple(cam.shape)}: (B, N, N) with N = h * w; "
-            "take the class token out first (`between_patches`)"
+            f"refine: attention {tuple(attention.shape)} does not fit maps {tuple(cam.shape)}: (B, N, N) with "
+            "N = h * w; take the class token out first (`between_patches`)"
         )
     return (attention @ cam.flatten(2).mT).mT.unflatten(2, cam.shape[2:])
 
@@ -100,7 +100,7 @@ def image_logits(maps: Tensor) -> Tensor:
     return maps[:, 1:].mean((2, 3))
 
 
-# -------------------------------------------------------------------------------------------------------------- the method
+# ---------------------------------------------------------------------------------------------------------- the method
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class TransCAMConfig:
         check_choice("BNR: noise_mode", self.noise_mode, NOISE_MODES)
         if self.variant == "released" and self.weight_refined:
             raise ValueError(
-                f"TransCAM: weight_refined = {self.weight_refined} in the variant \"released\", which is TransCAM's code and has "
-                'no such loss; use the variant "published"'
+                f"TransCAM: weight_refined = {self.weight_refined} in the variant \"released\", which is TransCAM's "
+                'code and has no such loss; use the variant "published"'
             )
 
 
@@ -175,7 +175,7 @@ class TransCAM(Method):
         return {"transcam": self.refined_map(features, cam)[:, 1:], "cam": cam[:, 1:], "class_logits": logits}
 
     def cam(self, features: Features) -> Tensor:
-        """M (B, S, h, w), the map of the convolutional branch (eq. 1); TransCAM's code has a 3x3 convolution with bias."""
+        """M (B, S, h, w), the map of the convolutional branch (eq. 1); TransCAM's code: a 3x3 convolution with bias."""
         return self.conv_head(self._full(features.map))
 
     def class_logits(self, features: Features, cam: Tensor) -> Tensor:
