@@ -143,10 +143,8 @@ def _parts(variant: str, images: int) -> dict[str, float]:
         "category graph (eqs. 1-5)": lambda: method.gcr(plain.classes, plain.patches),
         "CAM, auxiliary CAM, LAM": lambda: method.token_maps(tokens),
         "maps that supervise": lambda: method.seeds(batch["image"], maps),
-        "L_mct, L_cre, L_ure (eqs. 6-9)": lambda: method.relation_losses(tokens, seeds, batch["label"], 0),
-        "L_ptc, L_seg with refinement, energy": lambda: method.dense_losses(
-            batch["image"], tokens, seeds, batch["label"], 0
-        ),
+        "L_mct, L_cre, L_ure (eqs. 6-9)": lambda: method.relation_losses(batch, tokens, seeds, 0),
+        "L_ptc, L_seg with refinement, energy": lambda: method.dense_losses(batch, tokens, seeds, 0),
         "whole step, forward": lambda: method.losses(batch, 0),
         "whole step, forward and backward": lambda: sum(method.losses(batch, 0).values()).backward(),
     }

@@ -7,15 +7,16 @@
 2. Parts of the methods against straightforward versions that give the same numbers, on one image and one CPU core.
 3. Images per second of multi-scale inference, all maps and the decoder, and of the CRF on one core and on all.
 
-`--small` takes the networks and sizes of the embedded benchmark and 4 images: a few minutes on two CPU cores. Weights
-and images are random. Each row of 1 and 3 runs in a process of its own, so that its memory is its own.
+`--methods more apc` takes the rows of these methods alone. `--small` takes the networks and sizes of the embedded
+benchmark and 4 images: a few minutes on two CPU cores. Weights and images are random. Each row of 1 and 3 runs in a
+process of its own, so that its memory is its own.
 """
 
 import argparse
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -172,14 +173,14 @@ def measure_step(images: int, method: str, variant: str, small: bool, precision:
     return found | {"passes": len(calls), "forward": seconds(forward), "backbone": seconds(backbone)}
 
 
-def time_steps(small: bool) -> None:
+def time_steps(rows: Sequence[tuple[str, str]], small: bool) -> None:
     precisions = ("fp32", "bf16") if device().type == "cuda" else ("fp32",)
     print("\n1. One training step with all terms on\n")
     print(
         f"{'method':18s} {'precision':>9s} {'crop':>5s} {'batch':>8s} {'step, ms':>9s} {'forward':>8s} "
         f"{'backbone':>9s} {'passes':>6s} {'rest, %':>7s} {'images/s':>9s} {'peak, MB':>9s}"
     )
-    for row in ROWS:
+    for row in rows:
         recipe = experiment_of(*row, small).recipe()
         whole = recipe["batch_size"]
         for precision in precisions:
@@ -259,10 +260,10 @@ def measure_inference(images: int, method: str, variant: str, small: bool) -> tu
         return images, images / seconds(lambda: all_scores(network, samples, names, config, device()), 3)
 
 
-def time_inference(small: bool) -> None:
+def time_inference(rows: Sequence[tuple[str, str]], small: bool) -> None:
     print("\n3. Multi-scale inference, all maps and the decoder\n")
     print(f"{'method':18s} {'batch':>6s} {'scales':>7s} {'images/s':>9s}")
-    for row in ROWS:
+    for row in rows:
         if row[0] == "affinity":  # scored by its random walk, see benchmarks/transcam.py
             continue
         images, rate = alone(measure_inference, BATCH if device().type == "cuda" else 1, *row, small)
@@ -287,12 +288,15 @@ def time_crf(small: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What training and evaluation cost at the papers' sizes.")
+    known = list(dict.fromkeys(method for method, _ in ROWS))
+    parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD", help=", ".join(known))
     parser.add_argument("--small", action="store_true", help="the embedded benchmark's networks and sizes")
-    small = parser.parse_args().small
+    given = parser.parse_args()
+    chosen = [row for row in ROWS if row[0] in given.methods]
     torch.set_num_threads(1)
     machine = torch.cuda.get_device_name() if device().type == "cuda" else f"CPU, 1 of {cores()} cores a row"
     print(f"{machine}, torch {torch.__version__}")
-    time_steps(small)
-    compare(small)
-    time_inference(small)
-    time_crf(small)
+    time_steps(chosen, given.small)
+    compare(given.small)
+    time_inference(chosen, given.small)
+    time_crf(given.small)

@@ -30,7 +30,7 @@ from wsss.methods.seco import (
     local_contrast_loss_released,
     rectify_tags,
 )
-from wsss.training import TrainConfig, parameter_groups
+from wsss.training import TrainConfig, build_optimizer
 
 SLOTS, DIM, CLASSES, SIGMA, TEMPERATURE = 4608, 768, 20, 10 / 11, 0.08
 QUERIES = 48  # 4 images of 12 rows, the batch on VOC
@@ -64,7 +64,7 @@ def _parts(variant: str, scenes: Scenes, images: Tensor) -> dict[str, float]:
     baseline = Cam(CamConfig(**shared), len(scenes.classes), backbone).train()
 
     def step(trained: Cam) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(parameter_groups(trained, training), training.lr, fused=True)
+        optimizer = build_optimizer(trained, training)
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
 """One training step of every method and variant: `python benchmarks/training.py`, about a minute on one CPU core.
 
 On the embedded benchmark's recipe (batch 32, 80 px, the step in which all terms are on): milliseconds of the whole step
-and of the backbone alone (forward and backward), images per second, and the peak memory of the process. Each row runs in a
-process of its own, so that the memory is its own.
+and of the backbone alone (forward and backward), images per second, and the peak memory of the process. Each row runs
+in a process of its own, so that the memory is its own.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ import torch
 from wsss.data.scenes import Scenes
 from wsss.data.transforms import normalise
 from wsss.experiments import Experiment
-from wsss.training import TrainConfig, parameter_groups
+from wsss.training import TrainConfig, build_optimizer
 
 ROWS = (("cam", "published"), ("more", "published"), ("more", "released"))
 THREADS, REPEATS = 1, 7
@@ -42,7 +42,7 @@ def measure(row: tuple[str, str]) -> str:
     scenes = Scenes("train", images=config.batch_size)
     batch = {"image": normalise(scenes.images), "label": scenes.labels}
     method = experiment.build(len(scenes.classes)).train()
-    optimizer = torch.optim.AdamW(parameter_groups(method, config), config.lr, fused=True)
+    optimizer = build_optimizer(method, config)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -151,7 +151,7 @@ def time_crf() -> None:
 
     def folder(workers: int) -> None:
         jobs = [CRFJob(str(index), image, labels) for index in range(IMAGES)]
-        assert len(list(crf_labels(jobs, LABEL_CRF, LABELS, workers))) == IMAGES
+        assert len(list(crf_labels(jobs, LABEL_CRF, LABELS, workers, progress=False))) == IMAGES
 
     print(f"\nCRF over {IMAGES} of them\n\nworkers | images/s")
     for workers in sorted({1, cores()}):

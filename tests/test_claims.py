@@ -55,6 +55,55 @@ def test_a_margin_moves_the_border(claimed, margin, verdict):
     assert paired(*(arms if claimed == ">" else arms[::-1]), claimed, CLAIM, margin=margin).verdict == verdict
 
 
+# Half an interval is t(0.975, n - 1) s / sqrt(n): with differences m - 1, m, m + 1 that is 4.3027 / sqrt(3) = 2.484,
+# with m - 1, m - 1, m + 1, m + 1 it is 3.1824 * 1.1547 / 2 = 1.837.
+THREE, FOUR, NAN = (-1, 0, 1), (-1, -1, 1, 1), math.nan
+KNOWN = [
+    (THREE, 2.4, ">", 0, "inconclusive"),
+    (THREE, 2.6, ">", 0, "supported"),
+    (THREE, 2.6, "<", 0, "not supported"),
+    (THREE, -2.6, ">", 0, "not supported"),
+    (THREE, -2.6, "<", 0, "supported"),
+    (THREE, -2.4, "<", 0, "inconclusive"),
+    (FOUR, 1.8, ">", 0, "inconclusive"),
+    (FOUR, 1.9, ">", 0, "supported"),
+    (THREE, 7.4, ">", 5, "inconclusive"),  # the interval reaches to 4.9
+    (THREE, 7.6, ">", 5, "supported"),
+    (THREE, 2.6, ">", 5, "inconclusive"),  # to 5.1
+    (THREE, 2.4, ">", 5, "not supported"),  # although better
+    (THREE, -7.6, "<", 5, "supported"),
+    (THREE, -7.4, "<", 5, "inconclusive"),
+    (THREE, -2.4, "<", 5, "not supported"),
+    (THREE, 7.6, "<", 5, "not supported"),
+    ((0, 0, 0), 5, ">", 5, "inconclusive"),  # at least 5 is not more than 5
+    ((0, 0, 0), -5, "<", 5, "inconclusive"),
+    ((-1, 0, 1, NAN), 2.6, ">", 0, "supported"),
+    ((-1, 0, 1, NAN), -2.6, ">", 0, "not supported"),
+    ((-1, 0, 1, NAN), -7.6, "<", 5, "supported"),
+    ((-1, 1, NAN, math.inf), 90, ">", 0, "inconclusive (n = 2)"),
+    ((-1, 1), 90, "<", 0, "inconclusive (n = 2)"),
+    ((-1, 1), -90, "<", 5, "inconclusive (n = 2)"),
+    ((0, NAN, NAN), 90, "<", 0, "inconclusive (n = 1)"),
+    ((NAN, NAN, NAN), 90, ">", 5, "inconclusive (n = 0)"),
+]
+
+
+@pytest.mark.parametrize("spread, effect, claimed, margin, verdict", KNOWN)
+def test_verdicts_worked_out_by_hand(spread, effect, claimed, margin, verdict):
+    b = by_seed(*range(40, 40 + len(spread)))
+    a = {seed: b[seed] + effect + part for seed, part in enumerate(spread)}
+    result = paired(a, b, claimed, CLAIM, margin)
+    assert result.verdict == verdict and result.n == sum(map(math.isfinite, spread))
+    if result.n >= 3:
+        half = {THREE: 2.484, FOUR: 1.837, (0, 0, 0): 0}[spread[: result.n]]
+        found = (result.effect, result.low, result.high)
+        assert found == pytest.approx((effect, effect - half, effect + half), abs=1e-3)
+
+
+def test_every_verdict_is_among_those_worked_out_by_hand():
+    assert {verdict.partition(" (n")[0] for *_, verdict in KNOWN} == {"supported", "not supported", "inconclusive"}
+
+
 def test_paired_refuses_what_it_cannot_judge():
     with pytest.raises(ValueError, match="claimed"):
         paired({}, {}, "=", CLAIM)
@@ -81,6 +130,18 @@ def test_seeds_to_support_an_effect_are_as_many_as_a_simulation_needs():
         claims.seeds_to_support(1.3, 0.0)
 
 
+def test_seeds_to_decide_takes_the_spread_from_the_interval():
+    a, b = by_seed(61, 60.5, 63), by_seed(60, 61, 60.5)
+    result = paired(a, b, ">", CLAIM)
+    spread = np.std([a[seed] - b[seed] for seed in a], ddof=1)
+    needed = claims.seeds_to_decide(result.effect, result.low, result.high, 3)
+    assert result.verdict == "inconclusive" and needed == claims.seeds_to_support(result.effect, spread) > 3
+    assert claims.seeds_to_decide(-result.effect, -result.high, -result.low, 3) == needed, "the side does not matter"
+    assert claims.seeds_to_decide(result.effect, result.low, result.high, 3, most=needed) == needed
+    assert claims.seeds_to_decide(result.effect, result.low, result.high, 3, most=needed - 1) == math.inf
+    assert claims.seeds_to_decide(0.0, -1.0, 1.0, 3) == math.inf
+
+
 HIGH, MIDDLE, LOW = by_seed(70, 71, 72), by_seed(60, 61.5, 62), by_seed(50, 51, 52.5)
 
 
@@ -99,6 +160,21 @@ def test_a_ranking_with_few_seeds():
     assert ranking({"a": LOW, "b": HIGH, "c": {}}, "apc-09").verdict == "not supported", "one refuted step is enough"
     with pytest.raises(ValueError, match="two arms"):
         ranking({"a": HIGH}, "apc-09")
+
+
+def test_a_ranking_leaves_out_a_seed_of_the_step_where_it_is_undefined():
+    four = lambda level: {seed: level + 0.1 * seed for seed in range(4)}
+    result = ranking({"a": four(70), "b": four(60) | {1: math.nan}, "c": four(50)}, "apc-09")
+    assert (result.verdict, result.n) == ("supported", 3)
+    result = ranking({"a": four(70), "b": by_seed(60, math.nan, 61), "c": four(50)}, "apc-09")
+    assert (result.verdict, result.n) == ("inconclusive (n = 2)", 2)
+
+
+def test_a_ranking_shows_the_step_with_the_least_room():
+    result = ranking({"a": by_seed(70, 71, 72), "b": by_seed(67, 68, 69.3), "c": by_seed(50, 51, 52)}, "apc-09")
+    assert result.verdict == "supported" and result.effect == pytest.approx(2.9) and 0 < result.low < 2.9
+    refuted = ranking({"a": by_seed(60, 61, 62.2), "b": by_seed(61, 62, 63), "c": by_seed(70, 71, 72.1)}, "apc-09")
+    assert refuted.verdict == "not supported" and refuted.effect == pytest.approx(-9.0333, abs=1e-3)
 
 
 def test_not_testable_says_why():

@@ -12,7 +12,8 @@ from distributed.cli.dask_worker import main as dask_worker
 from wsss import engines
 from wsss.engines import EngineError, engine
 
-JOBS = {"cores": 8, "memory": "64GB", "walltime": "2-00:00:00", "queue": "gpu", "job-extra-directives": ["--gres=gpu:1"]}
+JOBS = {"cores": 8, "memory": "64GB", "walltime": "2-00:00:00", "queue": "gpu"}
+JOBS["job-extra-directives"] = ["--gres=gpu:1"]
 
 
 def configured(**fields):
@@ -21,8 +22,9 @@ def configured(**fields):
 
 
 def test_an_unknown_engine_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown engine 'ray'; choose from local, dask, slurm"), engine("ray", 1, tmp_path):
-        pass
+    with pytest.raises(ValueError, match="unknown engine 'ray'; choose from local, dask, slurm"):
+        with engine("ray", 1, tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("name, package", [("dask", "distributed"), ("slurm", "dask_jobqueue")])
@@ -44,7 +46,8 @@ def test_gpus_are_those_that_the_process_may_use(monkeypatch, visible, count, na
 
 def test_slurm_asks_for_what_the_configuration_lacks(tmp_path):
     with configured(memory=None, walltime=engines.LIBRARY_WALLTIME):
-        with pytest.raises(EngineError, match=r"set memory, walltime in .*jobqueue\.yaml, for example\njobqueue:\n  slurm:"):
+        remedy = r"set memory, walltime in .*jobqueue\.yaml, for example\njobqueue:\n  slurm:"
+        with pytest.raises(EngineError, match=remedy):
             engines._slurm_cluster(tmp_path)
 
 

@@ -37,7 +37,9 @@ def test_what_the_notebooks_ask_for_is_what_was_run():
     assert set(runs) == {name for name in kept if name.split(".")[0] in runs.values()}
 
 
-IMPORTS = "from dataclasses import replace\nfrom wsss import experiments, tables\nfrom wsss.experiments import Experiment"
+IMPORTS = """from dataclasses import replace
+from wsss import experiments, tables
+from wsss.experiments import Experiment"""
 ARMS = """full = Experiment("more", "published", experiments.recipe_for(dataset))
 arms = [full]
 changes = {"weight_cre": [0.1, 0.3]}
@@ -78,7 +80,10 @@ arms = [affinity]"""
 @pytest.mark.parametrize(
     "cell, reason",
     [
-        ("trained = experiments.train_experiment(Experiment('cam', 'published', dataset))\narms = [trained[0]]", "depends on"),
+        (
+            "trained = experiments.train_experiment(Experiment('cam', 'published', dataset))\narms = [trained[0]]",
+            "depends on",
+        ),
         ("for arm in (1, 2):\n    experiments.obtain(arm)", "'arm' is not defined"),
     ],
 )
@@ -89,7 +94,8 @@ def test_what_cannot_be_read_off_is_refused(tmp_path, cell, reason):
 
 def test_a_misspelled_recipe_field_is_named_with_its_notebook(tmp_path):
     arms = "arms = [Experiment('more', 'published', dataset, overrides=(('weight_cer', 0.1),))]"
-    with pytest.raises(PlanError, match="04_more.ipynb: overrides: unknown recipe field `weight_cer`; did you mean `weight_cre`"):
+    message = "04_more.ipynb: overrides: unknown recipe field `weight_cer`; did you mean `weight_cre`"
+    with pytest.raises(PlanError, match=message):
         read(tmp_path, IMPORTS, arms, OBTAIN)
 
 
@@ -138,6 +144,28 @@ def test_every_method_can_be_counted(method):
     experiment = Experiment(method, methods.find(method).variants[-1], "embedded", source=source)
     counted = plan.count(experiment)
     assert counted.step > counted.image > 0 and counted.gigabytes > 0
+
+
+def papers_scale():
+    """What the notebooks train on VOC at the papers' scale, by the name of its costs."""
+    tasks = prepare(find_notebooks(), {}, {"dataset": "voc2012"})
+    runs = [run for task in tasks for found in [asked(task)] for run in (*found.runs, *found.shown)]
+    return {cost_name(e): e for run in runs for e in (run, *run.chain())}
+
+
+def test_counts_that_come_with_the_recipes_are_theirs_and_are_not_made_again(tmp_path, monkeypatch):
+    known, scale = plan.read_costs(plan.COUNTED)["counted"], papers_scale()
+    assert known and set(known) <= set(scale), "a recipe has changed: leave out what is not there any more"
+    monkeypatch.setattr(plan, "count", lambda experiment: pytest.fail(f"{cost_name(experiment)} is counted anew"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    clock = plan.find_clock([scale[name] for name in known], None, tmp_path / "costs.json")
+    assert clock.costs == known
+    for name, cost in known.items():
+        recipe = scale[name].recipe()
+        if recipe["backbone"].startswith("vit_base"):
+            forward = 12 * 24 * (recipe["crop"] // 16) ** 2 * 768**2  # of 12 blocks of 768 channels, without attention
+            passes = 1 if "trainable_blocks" in recipe else 3  # no way back through blocks that do not train
+            assert cost.step > passes * forward * recipe["batch_size"] and cost.image > forward, name
 
 
 def test_a_measurement_leaves_out_the_warm_up(monkeypatch):
@@ -192,7 +220,8 @@ def test_costs_are_kept_by_machine(tmp_path):
     assert len(found) == 2 and first[cost_name(TINY)] == Cost(1.5, 0.25, 1.0)
     assert plan.costs(wanted, "card", find, path) == first and len(found) == 2
     plan.costs(wanted[:1], "counted", find, path)
-    assert len(found) == 3 and {name: len(own) for name, own in json.loads(path.read_text()).items()} == {"card": 2, "counted": 1}
+    kept = {name: len(own) for name, own in json.loads(path.read_text()).items()}
+    assert len(found) == 3 and kept == {"card": 2, "counted": 1}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"counted": {"a": {"stepp": 1}}}'])
@@ -240,7 +269,7 @@ def test_the_label_maps_of_a_later_stage_are_made_by_the_runs_before_it():
 
 @pytest.fixture
 def slow(monkeypatch):
-    """A clock by which a step takes 3.6 s (a thousand are an hour) and an image 36 s; a CRF takes 1 s for every class."""
+    """A clock by which a step takes 3.6 s (a thousand are an hour) and an image 36 s; a CRF takes 1 s a class."""
     monkeypatch.setattr(plan, "crf_seconds", lambda dataset, classes, iterations: float(classes))
     every = [Experiment(m, "published", "embedded") for m in ("more", "cam")]
     large = replace(every[0], overrides=(("batch_size", 99),))
@@ -282,15 +311,18 @@ def test_the_text_counts_a_run_once_and_says_what_does_not_fit(slow):
 
 
 def test_costs_are_counted_where_the_gpu_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "COUNTED", tmp_path / "nothing.json")
     monkeypatch.setattr(plan, "count", lambda experiment: Cost(2e12, 1e12, 3.0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = tmp_path / "costs.json"
     voc = Experiment("more", "published", "voc2012")
     clock = plan.find_clock([voc], "rtx 3090", path)
     assert clock == plan.find_clock([voc], None, path)
-    assert clock.machine == plan.PAPERS_GPU == "RTX 3090" and "counted, not measured" in clock.origin and "20%" in clock.origin
+    assert clock.machine == plan.PAPERS_GPU == "RTX 3090"
+    assert "counted, not measured" in clock.origin and "20%" in clock.origin
     assert clock.training(voc) == pytest.approx(voc.recipe()["steps"] * 2e12 / (0.2 * 35.6e12) / 3600)
-    with pytest.raises(PlanError, match="--gpu GTX 9: nothing is known of it; choose one of T4, .* give this command on a"):
+    message = "--gpu GTX 9: nothing is known of it; choose one of T4, .* give this command on a"
+    with pytest.raises(PlanError, match=message):
         plan.find_clock([voc], "GTX 9", path)
     costs = {"NVIDIA GTX 9": {cost_name(voc): {"step": 1.0, "image": 1.0, "gigabytes": 2.0}}}
     path.write_text(json.dumps(costs))
@@ -306,7 +338,8 @@ def test_costs_are_measured_where_the_gpu_is(tmp_path, monkeypatch):
     voc = Experiment("more", "published", "voc2012")
     for gpu in (None, "A100"):
         clock = plan.find_clock([voc], gpu, tmp_path / "costs.json")
-        assert (clock.machine, clock.memory) == ("NVIDIA A100-SXM4-80GB", 80.0) and "measured on this machine" in clock.origin
+        assert (clock.machine, clock.memory) == ("NVIDIA A100-SXM4-80GB", 80.0)
+        assert "measured on this machine" in clock.origin
     monkeypatch.setattr(plan, "count", lambda experiment: Cost(2e12, 1e12, 3.0))
     assert plan.find_clock([voc], "V100", tmp_path / "costs.json").machine == "V100", "another one is counted"
 

@@ -335,3 +335,36 @@ def test_a_cell_in_the_corner_has_no_arrows(ax):
     image = torch.zeros(3, 27, 30, dtype=torch.uint8)  # 7 x 8 cells, the last ones not whole
     plots.affinity_arrows(ax, image, pair_affinity(torch.zeros(1, 1, 7, 8), 3)[0], 3, 4, (0, 0))
     assert not ax.texts
+
+
+def test_every_seed_is_a_dot_in_the_panel_of_its_protocol():
+    rows = [("x", "decoder", False, 0, 50.0), ("x", "decoder", False, 1, 60.0), ("x", "decoder", True, 0, 70.0)]
+    rows += [("x", "retrained", False, 0, 40.0), ("y", "retrained", False, 0, 45.0)]
+    frame = pd.DataFrame(rows, columns=["arm", "protocol", "crf", "seed", "value"])
+    plots.seed_dots(frame, ["decoder", "retrained"], "mIoU, %", lambda arm, panel: f"{arm}: no {panel}")
+    decoder, retrained = panels(2)
+    dots = lambda ax: sorted(x for line in ax.lines for x in line.get_xdata())
+    assert dots(decoder) == [50, 60, 70] and dots(retrained) == [40, 45]
+    means = [segment[0][0] for bars in decoder.collections for segment in bars.get_segments() if len(segment)]
+    assert sorted(m for m in means if np.isfinite(m)) == [55, 70]
+    assert [t.get_text() for t in decoder.texts] == ["y: no decoder"] and not retrained.texts
+    assert [t.get_text() for t in decoder.get_yticklabels()] == ["x", "y"]
+    assert legend_of(retrained) == ["without CRF", "with CRF"] and retrained.get_title() == "retrained"
+
+
+def test_a_gallery_has_three_rows_an_image_and_says_what_is_missing():
+    sample = Sample(IMAGE, torch.ones(2), torch.ones(6, 8).long(), "one")
+    mask, other = np.full((6, 8), 2, np.uint8), np.zeros((6, 8), np.uint8)
+    seen = {"x/one/map": np.array([[0, 255]], np.uint8), "x/one/retrained": mask, "top/one/decoder": other}
+    plots.gallery([sample], ["a boat"], seen, ["x"], "top", ("boat", "train"))
+    image, map_, truth, decoder, ceiling, retrained = panels(6)
+    np.testing.assert_array_equal(image.images[0].get_array(), IMAGE.permute(1, 2, 0))
+    values = map_.images[-1].get_array()
+    assert values.shape == (6, 8) and map_.images[-1].get_clim() == (0, 1)
+    assert (values[:, 0] == 0).all() and (values[:, -1] == 1).all()
+    colours = palette(2) / 255
+    for ax, colour in ((truth, colours[1]), (ceiling, colours[0]), (retrained, colours[2])):
+        np.testing.assert_allclose(ax.images[0].get_array()[0, 0], colour)
+    assert not decoder.images and decoder.texts[0].get_text() == "no decoder"
+    assert [ax.get_ylabel() for ax in (image, truth, ceiling)] == ["a boat", "truth", "top"]
+    assert [ax.get_title() for ax in (image, map_)] == ["image", "x"]

@@ -118,12 +118,11 @@ def test_find_notebooks_by_paper(tmp_path):
         reproduce.find_notebooks(["bnr", "apc"], tmp_path)
 
 
-PAPER_NUMBERS = {"01", "02", "03", "04", "11", "12", "13", "14"}
-
-
-def test_every_paper_is_known_by_its_notebooks():
-    papers = {path.stem.split("_")[1] for path in reproduce.find_notebooks() if path.name[:2] in PAPER_NUMBERS}
-    assert papers <= set(reproduce.PAPERS)
+def test_a_paper_is_known_by_its_notebook():
+    numbers = {name: path.stem[:2] for name in reproduce.PAPERS for path in reproduce.find_notebooks([name])[:1]}
+    assert [numbers[name] for name in ("bnr", "apc", "seco", "more")] == ["01", "02", "03", "04"]
+    ablations = {path.stem.split("_")[1] for path in reproduce.find_notebooks() if "11" <= path.stem[:2] <= "14"}
+    assert ablations == {"bnr", "apc", "seco", "more"} and len(set(reproduce.PAPERS)) == len(reproduce.PAPERS)
 
 
 # -------------------------------------------------------------------------------------------------------------- run
@@ -254,6 +253,106 @@ def gone_pid():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+# --------------------------------------------------------------------------------- notebooks that read other notebooks
+
+WRITES_LATE = "import time; time.sleep(1)\nfrom pathlib import Path\nPath('a.txt').write_text(name)"
+READS_IT = "from pathlib import Path\nprint('read', Path('a.txt').read_text())"
+
+
+def write_reader(path, reads, *cells):
+    """A notebook whose metadata names the notebooks that it reads."""
+    notebook = nbformat.read(write_notebook(path, *cells), as_version=4)
+    notebook.metadata["wsss"] = {"reads": reads}
+    nbformat.write(notebook, path)
+    return path
+
+
+def started_and_ended(out, name):
+    """Of a notebook that is done, in seconds."""
+    path = reproduce.state_path(out, name)
+    ended = path.stat().st_mtime
+    return ended - json.loads(path.read_text())["seconds"], ended
+
+
+@pytest.fixture
+def readers(request, tmp_path, monkeypatch):
+    """A notebook that writes, one that reads it, and one that reads that; `start` runs some of them, or all."""
+    monkeypatch.setattr(engines, "gpus", lambda: ["4", "7"])
+    folder, on = tmp_path / "notebooks", getattr(request, "param", "local")
+    notebooks = [
+        write_reader(folder / "21_reads_both.ipynb", ["07", "14", "20"], READS_IT, "print('again')"),
+        write_notebook(folder / "14_writes.ipynb", WRITES_LATE),
+        write_reader(folder / "20_reads.ipynb", ["14"], READS_IT),
+    ]
+
+    def start(*chosen):
+        tasks = prepare([path for path in notebooks if not chosen or path.stem[:2] in chosen], {})
+        return run(tasks, tmp_path / "out", 3, on)
+
+    return argparse.Namespace(out=tmp_path / "out", notebooks=notebooks, start=start)
+
+
+@pytest.mark.parametrize("readers", ["local", "dask"], indirect=True)
+def test_a_notebook_starts_after_those_that_it_reads(readers):
+    assert {state["state"] for state in readers.start().values()} == {"done"}
+    assert texts(readers.out / "notebooks/20_reads.ipynb") == "read a\n"
+    assert texts(readers.out / "notebooks/21_reads_both.ipynb") == "read a\nagain\n"
+    writes, reads, both = (started_and_ended(readers.out, n) for n in ("14_writes", "20_reads", "21_reads_both"))
+    assert writes[1] <= reads[0] + 0.1 and reads[1] <= both[0] + 0.1, "seconds are rounded to a tenth"
+
+
+def test_a_notebook_runs_again_when_one_that_it_reads_does(readers):
+    path = reproduce.state_path(readers.out, "21_reads_both")
+    readers.start("14", "21")
+    first = path.stat().st_mtime_ns
+    readers.start("14", "21")
+    assert path.stat().st_mtime_ns == first, "nothing has changed"
+    write_notebook(readers.notebooks[1], WRITES_LATE.replace("name", "'b'"))
+    readers.start("14", "21")
+    assert texts(readers.out / "notebooks/21_reads_both.ipynb") == "read b\nagain\n"
+
+
+def test_a_notebook_runs_again_when_one_that_it_reads_has_run_without_it(readers):
+    readers.start()
+    write_notebook(readers.notebooks[1], WRITES_LATE.replace("name", "'b'"))
+    readers.start("14")
+    readers.start()
+    assert texts(readers.out / "notebooks/20_reads.ipynb") == "read b\n"
+    assert texts(readers.out / "notebooks/21_reads_both.ipynb") == "read b\nagain\n"
+
+
+def test_a_notebook_is_not_started_when_one_that_it_reads_fails(readers):
+    write_notebook(readers.notebooks[1], "raise ValueError('too few')")
+    found = readers.start()
+    named = ("14_writes", "20_reads", "21_reads_both")
+    assert [found[name]["state"] for name in named] == ["failed", "queued", "queued"]
+    why = "it reads 14_writes, which is failed in cell 2: ValueError: too few"
+    assert found["20_reads"]["cause"] == why and reproduce.describe(found["20_reads"]) == f"queued: {why}"
+    assert found["21_reads_both"]["cause"] == f"{why}; 20_reads, which is queued: {why}"
+    assert not (readers.out / "notebooks/20_reads.ipynb").exists()
+    write_notebook(readers.notebooks[1], WRITES_LATE)
+    assert {state["state"] for state in readers.start().values()} == {"done"}
+
+
+def test_a_notebook_whose_sources_are_not_in_the_batch_just_starts(readers):
+    (readers.notebooks[0].parent / "a.txt").write_text("from before")
+    assert [state["state"] for state in readers.start("20").values()] == ["done"]
+
+
+def test_a_notebook_reads_only_those_with_a_lower_number(tmp_path):
+    later, itself = (write_reader(tmp_path / f"{n}_a.ipynb", ["04", "20"]) for n in ("14", "20"))
+    with pytest.raises(ReproduceError) as raised:
+        prepare([later, itself], {})
+    message = "reads 20; a notebook reads only those with a lower number"
+    assert str(raised.value) == f"14_a.ipynb: {message}\n20_a.ipynb: {message}"
+
+
+def test_an_executed_notebook_still_says_what_it_reads(tmp_path):
+    path = write_reader(tmp_path / "20_a.ipynb", ["14"], "1")
+    reproduce.execute(prepare([path], {"seeds": 1})[0], tmp_path / "20_b.ipynb", lambda: None)
+    assert prepare([tmp_path / "20_b.ipynb"], {})[0].reads == ("14",)
 
 
 def test_a_running_state_without_its_process_was_killed(tmp_path):
@@ -433,7 +532,7 @@ def test_the_command_runs_resumes_and_starts_afresh(project, capsys, monkeypatch
     assert "04_more: failed in cell 2: ZeroDivisionError: division by zero" in capsys.readouterr().out
     aside = [path for path in out.parent.iterdir() if path.name.startswith("reproduced-")]
     assert len(aside) == 1 and (aside[0] / "tables/t.md").exists(), "nothing is lost"
-    assert [path.name for path in out.iterdir()] == ["state.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["index.md", "state.json"]
 
 
 @pytest.mark.parametrize(
@@ -494,13 +593,23 @@ def finished(project, seeds=3):
     (out / "runs/a_s0/checkpoint.pt").write_bytes(b"weights")
     (out / "runs/b_s0/state.json").write_text(json.dumps({"state": "failed", "error": "x"}))
     (out / "tables/t.csv").write_text("arm\n")
+    (project / "README.md").write_text("Read me.\n")
     return out
 
 
 def test_publish_copies_records_and_tables_and_executes_the_notebooks(project, capsys):
-    finished(project)
+    out = finished(project)
+    regenerated = "method,variant,quantity,dataset,split,published,value,uncertainty,status,seeds,runs\n"
+    regenerated += "MoRe,full,precision,embedded,test,76.2,70.0,1.7,reproduced,3,a_s0\n"
+    (out / "as_published").mkdir()
+    (out / "as_published/more_table3.csv").write_text(regenerated)
+    path = "results/embedded/as_published/more_table3.csv"
+    (project / "README.md").write_text(f"<!-- table: {path} precision -->\n<!-- end -->\n")
     assert call("--publish") == 0
     results = project / "results/embedded"
+    assert (results / "as_published/more_table3.csv").read_text() == regenerated
+    assert "[a_s0](runs/a_s0/record.json)" in (results / "index.md").read_text()
+    assert "| MoRe | 76.2 | 70.0 ± 1.7 (3) |" in (project / "README.md").read_text()
     assert sorted(path.name for path in (results / "runs").rglob("*")) == ["a_s0", "record.json", "state.json"]
     assert [path.name for path in (results / "tables").iterdir()] == ["t.csv"]
     notebook = project / "notebooks/04_more.ipynb"

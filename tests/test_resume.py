@@ -25,10 +25,13 @@ STEPS, KILLS = 6, 2
 SMALL = (("steps", STEPS), ("batch_size", 4), ("warmup_steps", 2))
 DECODER = (*SMALL, ("seg_start", 2))
 CONTRASTS = (("prototype_start", 1), ("contrast_start", 3), ("tag_switch", 4), ("patches", 2), ("reservoir", 32))
+RELATIONS = (("cre_start", 1), ("ure_start", 2))
 EXPERIMENTS = [
     Experiment("cam", "published", "embedded", overrides=(*DECODER, ("checkpoint_every", 2))),
     Experiment("seco", "released", "embedded", overrides=(*DECODER, *CONTRASTS, ("checkpoint_every", 1))),
     Experiment("apc", "published", "embedded", overrides=(*SMALL, ("frozen_steps", 3), ("checkpoint_every", 3))),
+    Experiment("more", "released", "embedded", overrides=(*DECODER, *RELATIONS, ("checkpoint_every", 2))),
+    Experiment("transcam", "published", "embedded", overrides=(*SMALL, ("checkpoint_every", 1))),
 ]
 
 multiprocessing.set_forkserver_preload(["wsss.experiments"])

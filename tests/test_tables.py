@@ -88,7 +88,7 @@ def test_summary_is_a_mean_over_seeds():
     assert result["arm"].tolist() == ["full", "x"] and result["n"].tolist() == [3, 1]
     np.testing.assert_allclose(result["mean"], [60.0, 40.0])
     np.testing.assert_allclose(result["std"], [10.0, np.nan])
-    assert "| 40.0 |  | 1 |" in tables._markdown(tables._cells(result)), "no spread of one seed"
+    assert "| 40.0 |  | 1 |" in tables.markdown(tables._cells(result)), "no spread of one seed"
 
 
 def test_summary_refuses_to_mix_two_values_of_a_seed():
@@ -221,3 +221,132 @@ def test_provenance_gathers_runs_of_one_origin():
     row = table.iloc[0]
     assert (row["seeds"], row["runs"], row["wall time"], row["peak memory"]) == ("0, 1", 2, "2.0 min", "100 MB")
     assert row["versions"] == "python 3.11.7, torch 2.8.0" and row["machine"] == "a CPU, 1 thread(s) a run"
+
+
+# ------------------------------------------------------------------------------------------------ published row for row
+
+
+def more_table3(**given):
+    """Published rows with labels, and made-up records of two arms: three seeds of "full", one of "baseline"."""
+    paper = tables.published("more", 3).assign(row=lambda f: f["variant"])
+    name = "more.published_vit_tiny_80_b32-150_embedded_s{}-{}"
+    records = [scored("full", seed, miou, name=name.format(seed, "aa")) for seed, miou in enumerate((0.5, 0.52, 0.57))]
+    records.append(scored("baseline", 0, 0.4, name=name.format(0, "bb"), **given))
+    ours = tables.frame(records).assign(row=lambda f: f["arm"], quantity="segmentation")
+    return paper, ours
+
+
+def regenerated(folder, paper, table, *arguments):
+    tables.regenerate(paper, table, *arguments, folder / "tables")
+    sheet = pd.read_csv(folder / f"as_published/{paper}_table{table}.csv", dtype=str, keep_default_na=False)
+    return sheet.to_dict("records")
+
+
+def test_a_regenerated_table_has_the_rows_of_the_published_one(tmp_path):
+    paper, ours = more_table3()
+    rows = regenerated(tmp_path, "more", 3, paper, ours, ["row", "quantity"])
+    assert len(rows) == len(paper)
+    where = ["method", "variant", "quantity"]
+    assert [[row[column] for column in where] for row in rows] == paper[where].to_numpy().tolist()
+    full, baseline = rows[14], rows[2]
+    assert (full["value"], full["uncertainty"], full["published"], full["seeds"]) == ("53.0", "3.6", "76.4", "3")
+    assert (full["dataset"], full["split"], full["protocol"], full["map"]) == ("embedded", "test", "decoder", "decoder")
+    assert full["status"] == "reproduced" and full["backbone"] == "vit_tiny"
+    assert full["runs"].split("; ") == [f"more.published_vit_tiny_80_b32-150_embedded_s{seed}-aa" for seed in range(3)]
+    assert (baseline["value"], baseline["uncertainty"], baseline["seeds"]) == ("40.0", "", "1")
+    other = rows[0]  # the precision of the baseline
+    assert other["value"] == other["uncertainty"] == other["runs"] == other["seeds"] == ""
+    assert other["published"] == "76.2"
+    assert other["status"] == "not run: precision" and (other["dataset"], other["split"]) == ("voc2012", "val")
+
+
+def test_a_score_that_does_not_exist_is_undefined(tmp_path):
+    paper, ours = more_table3()
+    rows = regenerated(tmp_path, "more", 3, paper, ours.assign(value=[50.0, np.nan, 50.0, 40.0]), ["row", "quantity"])
+    assert (rows[14]["status"], rows[14]["value"], rows[14]["seeds"]) == ("undefined", "", "3") and rows[14]["runs"]
+
+
+def test_rows_of_others_are_published_only_and_own_rows_say_what_was_not_run(tmp_path):
+    paper = tables.published("more", 2)
+    ours = more_table3()[1].query("arm == 'full'").assign(method="MoRe")
+    rows = regenerated(tmp_path, "more", 2, tables.select(paper, dataset="voc2012", split="val"), ours, "method")
+    own = [row for row in rows if row["method"] == "MoRe"]
+    assert [row["status"] for row in own] == ["reproduced", "not run: voc2012 test", "not run: coco2014 val"]
+    for row, printed in zip(rows, paper.to_dict("records")):
+        if row["method"] != "MoRe":
+            assert row["status"] == "published only" and row["dataset"] == printed["dataset"]
+            assert row["value"] == row["published"]
+            assert float(row["value"] or "nan") == pytest.approx(printed["value"], nan_ok=True)
+
+
+def test_a_class_that_a_dataset_does_not_have_is_named(tmp_path):
+    paper = tables.select(tables.published("more", 4), method="MoRe", quantity=["iou", "confusion_ratio"])
+    record = make_record(
+        name="more.published_vit_tiny_80_b32-150_embedded_s0-aa",
+        metrics={"test/decoder/decoder": {"iou": [0.9, 0.5, 0.25], "confusion_ratio": [0.1, 0.123, 2]}},
+    )
+    rows = regenerated(tmp_path, "more", 4, paper, tables.frame([record]), ["class_name", "quantity"])
+    own = [row for row in rows if row["method"] == "MoRe"]
+    values = {(row["class_name"], row["quantity"]): (row["value"], row["status"]) for row in own}
+    assert values["boat", "iou"] == ("50.0", "reproduced"), "percent have one decimal"
+    assert values["boat", "confusion_ratio"] == ("0.12", "reproduced"), "and ratios two"
+    assert values["sofa", "iou"] == ("", "not run: embedded has no sofa")
+    assert values["boat", "iou_gain_vs_best_other"] == ("", "not run: iou_gain_vs_best_other")
+
+
+def test_a_table_that_nothing_was_run_for_says_on_which_data(tmp_path):
+    paper = tables.published("apc", 4).assign(row=lambda f: f["method"])
+    rows = regenerated(tmp_path, "apc", 4, paper, tables.frame([]).assign(row=""), "row")
+    assert [row["status"] for row in rows[-2:]] == ["published only", "not run: coco2014 val"]
+    paper = tables.published("apc", 9)
+    rows = regenerated(tmp_path, "apc", 9, paper, tables.frame([]), ["variant", "quantity"])
+    assert rows[0]["status"] == "not run: cosine_distance_inter", "the paper does not say on which data"
+
+
+def test_measurements_are_regenerated_in_the_units_of_the_paper(tmp_path):
+    name = "apc.published_vit_tiny_80_b32-150_embedded_s{}-aa"
+    records = [make_record(name=name.format(seed), seed=seed, wall_seconds=90.0 + 9 * seed) for seed in range(3)]
+    hours = lambda record: record.wall_seconds / 3600
+    ours = tables.measured(records, "train", "alone", train_time_h=hours, memory=lambda record: None)
+    assert list(ours.columns) == tables.COLUMNS and len(ours) == 3, "what was not measured has no row"
+    paper = tables.select(tables.published("apc", 6), method="APC")
+    row = regenerated(tmp_path, "apc", 6, paper, ours, "quantity")[6]
+    assert (row["value"], row["uncertainty"]) == ("0.0275", "0.0025")
+    assert (row["published"], row["published_uncertainty"]) == ("1.5", "0.5")
+    assert (row["status"], row["protocol"], row["unit"]) == ("reproduced", "alone", "hours")
+
+
+def mixed(ours):
+    return pd.concat([ours, ours.assign(map="cam", seed=7)])
+
+
+@pytest.mark.parametrize(
+    "paper, ours, message",
+    [
+        (lambda paper: paper.reset_index(drop=True)[::2].reset_index(drop=True), None, "under the index"),
+        (lambda paper: pd.concat([paper, paper]), None, "each once"),
+        (lambda paper: paper.assign(row="one"), None, "tell them apart"),
+        (None, lambda ours: pd.concat([ours, ours]), "more than one value"),
+        (None, mixed, "differ in one of dataset, split, protocol, map"),
+    ],
+)
+def test_regenerate_refuses_rows_that_do_not_belong_together(tmp_path, paper, ours, message):
+    theirs, own = more_table3()
+    theirs, own = paper(theirs) if paper else theirs, ours(own) if ours else own
+    with pytest.raises(ValueError, match=message):
+        tables.regenerate("more", 3, theirs, own, ["row", "quantity"], tmp_path / "tables")
+    assert not list(tmp_path.iterdir())
+
+
+def test_regenerate_without_a_folder_checks_but_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paper, ours = more_table3()
+    tables.regenerate("more", 3, paper, ours, ["row", "quantity"], "")
+    with pytest.raises(ValueError):
+        tables.regenerate("more", 3, paper, pd.concat([ours, ours]), ["row", "quantity"], "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_column_that_says_published_only_is_one_of_numbers():
+    shown = tables.show(pd.DataFrame({"row": ["a"], "ours": ["published only"]}), "t", "").data
+    assert "#T_t_row0_col1 {\n  text-align: right" in shown and "col0 {" not in shown

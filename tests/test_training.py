@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(scenes, tmp_path, killed_at):
     path = tmp_path / "checkpoint.pt"
     process = multiprocessing.get_context("spawn").Process(target=_train_and_be_killed, args=(path, killed_at))
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     assert path.exists() == (killed_at >= CONFIG.checkpoint_every)
     resumed = fresh()

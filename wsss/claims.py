@@ -1,12 +1,14 @@
-"""From claims to verdicts, by one rule that was fixed before the runs."""
+"""From claims to verdicts, by one rule that was fixed before the runs, and the ledger of all verdicts."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -31,6 +33,16 @@ The verdict on a claim, fixed before the runs:
 - Each claim is tested by itself, without a correction for the number of claims.
 - On the embedded benchmark a verdict is about the direction of an effect in a network of about a million parameters,
   not about its size in the networks of the papers.
+"""
+OVERALL = """\
+A claim may have several lines: its parts, or readings of it. Its verdict is
+
+- supported, if all lines are;
+- not supported, if any line is;
+- not testable here, if all lines are;
+- inconclusive otherwise, also where a part is supported and another cannot be tested.
+
+A line that only says that a notebook cannot test the claim is left out where another notebook tests it.
 """
 
 
@@ -161,8 +173,28 @@ def seeds_to_support(effect: float, spread: float, power: float = 0.8) -> int:
     """
     if not (effect > 0 and spread > 0):
         raise ValueError(f"seeds_to_support: effect {effect} and spread {spread} must both be above 0")
-    supported = lambda n: stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n) / spread)
-    return next(n for n in count(SEEDS_NEEDED) if supported(n) >= power)
+    return next(n for n in count(SEEDS_NEEDED) if _power(effect, spread, n) >= power)
+
+
+def _power(effect: float, spread: float, n: int) -> float:
+    """The share of repetitions with n seeds whose interval lies above 0."""
+    return stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, effect * math.sqrt(n) / spread)
+
+
+def seeds_to_decide(effect: float, low: float, high: float, n: int, most: int = 100) -> float:
+    """How many seeds would tell an effect from 0, whichever side it is on, if it truly were as measured.
+
+    Args:
+        effect, low, high, n: as in a `Verdict`: the measured effect and its interval over n seeds.
+
+    Returns:
+        The number with which four of five repetitions have an interval on the side of the effect; inf where it is above
+        `most`, as for an effect of 0.
+    """
+    spread = (high - low) / 2 * math.sqrt(n) / stats.t.ppf(0.975, n - 1)
+    if not (effect and spread and _power(abs(effect), spread, most) >= 0.8):
+        return math.inf
+    return seeds_to_support(abs(effect), spread)
 
 
 def ranking(arms: Mapping[str, Mapping[int, float]], claim_id: str, note: str = "") -> Verdict:
@@ -209,3 +241,116 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
 
 def _signed(value: float) -> str:
     return "" if math.isnan(value) else f"{value:+.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the ledger
+
+LINE = ["claim_id", "verdict", "effect", "95 % interval", "seeds", "note"]  # what is read of a table of verdicts
+VERDICTS = re.compile(rf"{SUPPORTED}|{NOT_SUPPORTED}|{INCONCLUSIVE}( \(n = \d+\))?|{NOT_TESTABLE}")
+
+
+class LedgerError(ValueError):
+    """The ledger would not be complete, or would say what nobody tested; the message names the file and the remedy."""
+
+
+def ledger(
+    tables: str | Path, notebooks: str | Path, dataset: str, published: str | Path = PUBLISHED
+) -> pd.DataFrame:
+    """Every claim of the papers with all lines that the notebooks wrote on it, and its verdict by `OVERALL`.
+
+    The notebooks that write verdicts are those that save a table "...-verdicts". The cells of a line are those of its
+    notebook whose code names the claim.
+
+    Args:
+        tables: folder of the tables of verdicts, as `table` makes and `wsss.tables.save` writes them.
+        notebooks: folder of the notebooks, NN_*.ipynb.
+        dataset: identity of the data that the verdicts are on.
+        published: folder of claims.csv.
+
+    Returns:
+        One row a line, in the order of claims.csv and of the notebooks: paper, claim_id, claim, verdict (of the claim,
+        the same in all of its lines), of this line, effect, 95 % interval, seeds, data set ("" where nothing was
+        tested), notebook (its file name), cells (their numbers, as in In [5]) and note; all text.
+
+    Raises:
+        LedgerError: no notebook saves such tables, or two save the same; a table is missing, has no notebook, lacks a
+            column, has an unknown claim or verdict, or a claim that its notebook does not name in a cell; or a claim
+            has no line.
+    """
+    listed = _all_claims(Path(published))[["paper", "claim_id", "claim"]]
+    written = _writers(Path(notebooks))
+    for path in sorted(Path(tables).glob("*-verdicts.csv")):
+        if path.stem not in written:
+            raise LedgerError(f"{path}: no notebook in {notebooks} saves this table; delete it")
+    lines = pd.concat(_lines(Path(tables) / f"{name}.csv", path, listed["claim_id"]) for name, path in written.items())
+
+    lines["tested"] = lines["verdict"] != NOT_TESTABLE
+    anywhere = lines.groupby("claim_id")["tested"].transform("any")
+    here = lines.groupby(["claim_id", "notebook"])["tested"].transform("any")
+    lines = lines[here | ~anywhere]
+    without = [claim for claim in listed["claim_id"] if claim not in set(lines["claim_id"])]
+    if without:
+        raise LedgerError(
+            f"{tables}: no line on {', '.join(without)}; let a notebook test them, or say with claims.not_testable why "
+            "it cannot"
+        )
+    lines = listed.merge(lines.rename(columns={"verdict": "of this line"}), on="claim_id", how="left", sort=False)
+    lines["verdict"] = lines.groupby("claim_id")["of this line"].transform(overall)
+    lines["data set"] = ["" if verdict == NOT_TESTABLE else dataset for verdict in lines["of this line"]]
+    first = ["paper", "claim_id", "claim", "verdict", "of this line", "effect", "95 % interval", "seeds", "data set"]
+    return lines[[*first, "notebook", "cells", "note"]]
+
+
+def overall(verdicts: Iterable[str]) -> str:
+    """The verdict on a claim from those of its lines, see `OVERALL`; "inconclusive (n = 1)" is "inconclusive"."""
+    found = {verdict.partition(" (n = ")[0] for verdict in verdicts}
+    if NOT_SUPPORTED in found:
+        return NOT_SUPPORTED
+    return found.pop() if len(found) == 1 else INCONCLUSIVE
+
+
+def _writers(folder: Path) -> dict[str, Path]:
+    """The tables of verdicts that notebooks save, and the notebook of each."""
+    writers = {}
+    for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
+        for name in re.findall(r"save\(.*?[\"']([a-z0-9-]+-verdicts)[\"']", "\n".join(_code(path))):
+            if name in writers:
+                raise LedgerError(f"{path}: {writers[name].name} saves a table {name}, too; give one another name")
+            writers[name] = path
+    if not writers:
+        raise LedgerError(f'{folder}: no notebook saves a table "...-verdicts"; read another folder')
+    return writers
+
+
+def _code(notebook: Path) -> list[str]:
+    """The sources of the code cells; the first is In [1]."""
+    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
+def _lines(path: Path, notebook: Path, known: pd.Series) -> pd.DataFrame:
+    """A table of verdicts, checked, with the notebook and the cells that its claims are named in."""
+    number = notebook.stem[:2]
+    if not path.exists():
+        raise LedgerError(
+            f"{path}: there is no such table, which {notebook.name} saves; run `wsss reproduce --notebooks {number}`, "
+            "or read another folder"
+        )
+    lines = pd.read_csv(path, dtype=str, keep_default_na=False)
+    missing = [column for column in LINE if column not in lines.columns]
+    if missing:
+        raise LedgerError(f"{path}: no column {', '.join(missing)}; run `wsss reproduce --notebooks {number}` anew")
+    code, cells = _code(notebook), {}
+    for row, line in enumerate(lines.itertuples(index=False), start=2):
+        if line.claim_id not in set(known):
+            raise LedgerError(f"{path}, line {row}: claims.csv has no claim {line.claim_id!r}; correct {notebook.name}")
+        if not VERDICTS.fullmatch(line.verdict):
+            words = ", ".join((SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE, NOT_TESTABLE))
+            raise LedgerError(f"{path}, line {row}: unknown verdict {line.verdict!r}; write one of: {words}")
+        naming = [cell for cell, source in enumerate(code, start=1) if re.search(rf"{line.claim_id}\b", source)]
+        if not naming:
+            raise LedgerError(
+                f"{path}, line {row}: no code cell of {notebook.name} names {line.claim_id}; write the id where it is "
+                "tested"
+            )
+        cells[line.claim_id] = ", ".join(map(str, naming))
+    return lines[LINE].assign(notebook=notebook.name, cells=lines["claim_id"].map(cells))

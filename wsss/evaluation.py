@@ -59,13 +59,13 @@ class EvalConfig:
         crf_bilateral: (weight, width in pixels, width in grey levels) of its appearance kernel.
         train_images: how many training images seeds and pseudo masks are scored on; 0 takes all.
         decoder_crf: whether the decoder is also scored after a CRF.
-        threshold_split: split on whose truth the background score of every map is chosen, with its image labels given; ""
-            takes the recipe's scores. It must not be a training split, on which seeds are scored.
+        threshold_split: split on whose truth the background score of every map is chosen, with its image labels given;
+            "" takes the recipe's scores. It must not be a training split, on which seeds are scored.
         map_fusion: "max" (see `multi_scale`) or "sum" (see `multi_scale_sum`).
         decoder_fusion: "max" (see `multi_scale_logits`) or "mean" (see `multi_scale_mean`).
         crf_iterations: mean-field iterations of the CRF.
-        extra_scores: scores beside those that every run has, named as records name them: "<split>/<protocol>/<map>", for
-            example "test/maps-given-labels/cam+crf". To name it is to ask for it: labels may be given on any split.
+        extra_scores: scores beside those that every run has, named as records name them: "<split>/<protocol>/<map>",
+            for example "test/maps-given-labels/cam+crf". To name it is to ask for it: labels may be given on any split.
 
     Recipes may leave out the last five and `threshold_transcam`.
     """
@@ -98,7 +98,9 @@ class EvalConfig:
                 'score must come from elsewhere; give "val", or "" for the scores of the recipe'
             )
         if self.map_fusion == "sum" and not self.eval_size:
-            raise ValueError('recipe field eval_size = 0: with map_fusion = "sum" images are squashed, so it needs a side')
+            raise ValueError(
+                'recipe field eval_size = 0: with map_fusion = "sum" images are squashed, so it needs a side'
+            )
 
     @property
     def crf(self) -> dict[str, object]:
@@ -145,7 +147,8 @@ class Request:
         """
         parts = name.split("/")
         if len(parts) != 3:
-            raise ValueError(f"recipe field extra_scores: {name!r} is not <split>/<protocol>/<map>, with +crf or without")
+            form = "<split>/<protocol>/<map>, with +crf or without"
+            raise ValueError(f"recipe field extra_scores: {name!r} is not {form}")
         split, protocol, map_name = parts
         return split, cls(protocol, map_name.removesuffix("+crf"), map_name.endswith("+crf"))
 
@@ -248,7 +251,11 @@ def batches_of_one_size(dataset: Dataset[Sample], indices: Iterable[int]) -> Ite
 
 
 def all_scores(
-    method: Method, samples: Sequence[Sample], names: Iterable[str], config: EvalConfig, device: str | torch.device = "cpu"
+    method: Method,
+    samples: Sequence[Sample],
+    names: Iterable[str],
+    config: EvalConfig,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
     """Scores of images of one size, from as few forward passes as will do.
 
@@ -317,7 +324,8 @@ def predict_masks(
     for index, sample in enumerate(samples):
         own = resize(maps[index : index + 1], tuple(sample.image.shape[1:]))
         arg_max = request.map == DECODER or probable
-        predictions.append((own[0].argmax(0) if arg_max else predict(own, labels[index : index + 1], threshold)[0]).cpu())
+        label_map = own[0].argmax(0) if arg_max else predict(own, labels[index : index + 1], threshold)[0]
+        predictions.append(label_map.cpu())
     return predictions
 
 
@@ -342,8 +350,9 @@ def label_maps(
 
 
 def crf_inputs(request: Request, scores: Mapping[str, Tensor], samples: Sequence[Sample]) -> list[CRFJob]:
-    """What the CRF of a request is given. It sees only the classes that may appear: it is faster, and absent ones are no
-    rivals.
+    """What the CRF of a request is given.
+
+    It sees only the classes that may appear: it is faster, and absent ones are no rivals.
     """
     maps, labels, probable = _maps_and_labels(request, scores, samples)
     jobs = []
@@ -365,7 +374,7 @@ def crf_inputs(request: Request, scores: Mapping[str, Tensor], samples: Sequence
 def _maps_and_labels(
     request: Request, scores: Mapping[str, Tensor], samples: Sequence[Sample]
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """The scores that a request reads, the image labels that it may use, and whether its map has a background channel."""
+    """The scores that a request reads, the image labels that it may use, and whether its map has a background."""
     maps = scores[request.map].float()
     if request.protocol == "maps-given-labels":
         labels = torch.stack([sample.label for sample in samples]).to(maps.device)

@@ -42,6 +42,7 @@ from wsss.training import PRECISIONS, TrainConfig, train
 
 
 COSTS = "costs.json"  # in the folder of the results
+COUNTED = Path(__file__).parent / "recipes" / "counted.json"  # such a file with what the papers' recipes cost
 
 
 class PlanError(ReproduceError):
@@ -176,8 +177,8 @@ GPUS = {
     "H200": GPU(67, 989, 141),
 }
 PAPERS_GPU = "RTX 3090"  # of MoRe and SeCo
-# Share of the peak that training reaches: an assumption. With it, counted training takes 6.6 h (MoRe, released) and 8.1 h
-# (SeCo, released) on an RTX 3090; the papers report 6.2 h and 7.0 h.
+# Share of the peak that training reaches: an assumption. With it, counted training takes 6.6 h (MoRe, released) and
+# 8.1 h (SeCo, released) on an RTX 3090; the papers report 6.2 h and 7.0 h.
 UTILISATION = 0.2
 
 PHOTOGRAPH = {"embedded": (scenes.SIZE, scenes.SIZE), "voc2012": (375, 500), "coco2014": (480, 640)}  # the usual (H, W)
@@ -314,6 +315,7 @@ def _train(experiment: Experiment, steps: int, batch_size: int | None = None, **
     trial = replace(experiment, overrides=(*experiment.overrides, *changes.items()))
     config = trial.config(TrainConfig)
     data = Photographs(experiment.dataset, config.batch_size)
+    torch.manual_seed(0)  # what is masked depends on the maps, and so a little of the FLOP
     method = trial.build(len(data.classes), pretrained=False)
     train(method, data, config, 0, progress=False, **settings)
     return method
@@ -426,11 +428,13 @@ def find_clock(wanted: Sequence[Experiment], gpu: str | None, path: Path) -> Clo
     peak = GPUS[gpu]
     origin = (
         f"counted, not measured: FLOP of a step and of an image, at an assumed {UTILISATION:.0%} of the peak of {gpu}, "
-        f"{peak.fp32:g} TFLOPS (fp32) or {peak.half:g} (half); memory is what a step keeps, the least that it takes. Give "
-        "this command on the GPU to have them measured"
+        f"{peak.fp32:g} TFLOPS (fp32) or {peak.half:g} (half); memory is what a step keeps, the least that it takes. "
+        "Give this command on the GPU to have them measured"
     )
+    ready = read_costs(COUNTED).get("counted", {})
+    found = ready | costs([e for e in wanted if cost_name(e) not in ready], "counted", count, path)
     rate = {name: 1e12 * UTILISATION * (peak.fp32 if name == "fp32" else peak.half) for name in PRECISIONS}
-    return Clock(gpu, peak.memory, costs(wanted, "counted", count, path), rate, origin)
+    return Clock(gpu, peak.memory, found, rate, origin)
 
 
 def passes(experiment: Experiment) -> list[tuple[Experiment, int, dict[int, int]]]:
@@ -521,7 +525,8 @@ def text(notebooks: Mapping[str, Asked], clock: Clock) -> str:
 def _sum(table: pd.DataFrame, clock: Clock) -> str:
     hours = table["training, h"].sum() + table["scoring, h"].sum()
     return (
-        f"runs: {table['runs'].sum()}, hours on {clock.machine}: {hours:.1f}, GB at most: {table['memory, GB'].max():.1f}, "
+        f"runs: {table['runs'].sum()}, hours on {clock.machine}: {hours:.1f}, "
+        f"GB at most: {table['memory, GB'].max():.1f}, "
         f"core hours of CRF beside them: {table['CRF, core h'].sum():.1f} (at the speed of this machine)"
     )
 

@@ -1,11 +1,12 @@
 """Every figure of the notebooks. Functions draw and return nothing; a notebook cell ends with `plt.show()`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from wsss.affinity import pair_indices
 from wsss.data import Sample, co_occurrence
 from wsss.data.classes import palette
+from wsss.maps import resize
 
 UNCERTAIN_COLOUR = (0.85, 0.85, 0.85)
 
@@ -365,3 +367,77 @@ def affinity_arrows(
     (x, y), reach = centre(own), (radius + 0.5) * stride
     ax.plot(x, y, "o", color="white", markeredgecolor="black", markersize=6, zorder=4)
     ax.set(xlim=(x - reach, x + reach), ylim=(y + reach, y - reach))
+
+
+def seed_dots(frame: pd.DataFrame, panels: Sequence[str], xlabel: str, absent: Callable[[str, str], str]) -> None:
+    """Every run a dot, its arm a line and its protocol a panel, without a CRF and with one; bars are means over seeds.
+
+    Args:
+        frame: arm, protocol, crf (bool), seed, value.
+        panels: the protocols.
+        absent: says what stands where an arm has no run under a protocol, from their names.
+    """
+    arms = list(frame["arm"].unique())
+    size = (1.2 + 2.3 * len(panels), 1.1 + 0.36 * len(arms))
+    same = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", **same)
+    looks = {False: ("without CRF", "tab:blue", -0.17), True: ("with CRF", "tab:orange", 0.17)}
+    middle = (frame["value"].min() + frame["value"].max()) / 2
+    for ax, panel in zip(axes[0], panels):
+        own = frame[frame["protocol"] == panel]
+        for place, arm in enumerate(arms):
+            if arm not in set(own["arm"]):
+                ax.text(middle, place, absent(arm, panel), ha="center", va="center", fontsize=8, color="0.6")
+            for crf, (_, colour, offset) in looks.items():
+                values = own.loc[(own["arm"] == arm) & (own["crf"] == crf), "value"]
+                ax.plot(values, [place + offset] * len(values), "o", color=colour, markersize=3.5, alpha=0.7)
+                ax.vlines(values.mean(), place + offset - 0.16, place + offset + 0.16, color=colour, linewidth=2)
+        ax.set_title(panel, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(axis="x", color="0.9")
+        ax.set_axisbelow(True)
+    axes[0, 0].set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - 0.5, -0.5))
+    figure.supxlabel(xlabel, fontsize=9)
+    handles = [Patch(color=colour, label=name) for name, colour, _ in looks.values()]
+    axes[0, -1].legend(handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+
+
+def gallery(
+    samples: Sequence[Sample],
+    titles: Sequence[str],
+    seen: Mapping[str, np.ndarray],
+    arms: Sequence[str],
+    ceiling: str,
+    classes: Sequence[str],
+) -> None:
+    """Images, three rows each: map, decoder and retrained network of every arm; beside them image, truth and a ceiling.
+
+    Args:
+        titles: what to say of each image.
+        seen: pictures, see `wsss.gallery`.
+        ceiling: the arm whose decoder stands below the truth.
+    """
+    whats = ("map", "decoder", "retrained")
+    axes = table_of_axes(len(whats) * len(samples), 1 + len(arms), 1.05)
+    for sample, title, rows in zip(samples, titles, np.split(axes, len(samples))):
+        picture(rows[0, 0], sample.image)
+        labels(rows[1, 0], sample.mask, classes)
+        labels(rows[2, 0], torch.from_numpy(seen[f"{ceiling}/{sample.name}/decoder"]), classes)
+        for ax, text in zip(rows[:, 0], (title, "truth", ceiling)):
+            ax.set_ylabel(text, fontsize=8)
+        for arm, column in zip(arms, rows[:, 1:].T):
+            for what, ax in zip(whats, column):
+                own = seen.get(f"{arm}/{sample.name}/{what}")
+                if own is None:
+                    look = {"ha": "center", "va": "center", "fontsize": 8, "color": "0.5"}
+                    ax.text(0.5, 0.5, f"no {what}", transform=ax.transAxes, **look)
+                    ax.set_frame_on(False)
+                elif what == "map":
+                    values = resize(torch.from_numpy(own)[None, None] / 255, tuple(sample.image.shape[1:]))[0, 0]
+                    heat(ax, sample.image, values, low=0, high=1)
+                else:
+                    labels(ax, torch.from_numpy(own), classes)
+        for what, ax in zip(whats, rows[:, 1]):
+            ax.set_ylabel(what, fontsize=8)
+    for arm, ax in zip(("image", *arms), axes[0]):
+        ax.set_title(arm, fontsize=9)

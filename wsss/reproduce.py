@@ -6,7 +6,8 @@ That place keeps a state file beside the executed notebook: `queued`, `running` 
 used: it calls a killed run completed. A notebook whose place dies (out of memory, preempted) is started once more, after
 the others, and goes on from the checkpoints of its runs; if that one dies, too, it stays `killed` until the next start.
 A second start runs only what is not done with the same parameters and code; runs of the library that are done are not
-trained again.
+trained again. A notebook that reads the tables of others names them in its metadata, {"wsss": {"reads": ["14"]}}: it
+starts after those of them that are in the batch, and again whenever one of them has run.
 
 This module imports no torch, so that every process starts at once.
 """
@@ -23,7 +24,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from wsss.files import write_atomic, write_json
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 RESULTS = ROOT / "results"
-PAPERS = ("bnr", "apc", "seco", "more")
+PAPERS = tuple(path.stem.split("_")[1] for path in sorted(NOTEBOOKS.glob("0[1-9]_*.ipynb")))  # a notebook a paper
 SEEDS_TO_PUBLISH = 3
 ATTEMPTS = 2
 KINDS = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
@@ -49,15 +50,26 @@ class ReproduceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """A notebook to run, the parameters that replace its own, and `key`, the content of both."""
+    """A notebook to run.
+
+    Attributes:
+        parameters: replace its own.
+        key: the content of notebook and parameters.
+        reads: numbers of the notebooks whose tables it reads, all lower than its own.
+    """
 
     notebook: Path
     parameters: dict[str, object]
     key: str
+    reads: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.notebook.stem
+
+    @property
+    def number(self) -> str:
+        return self.name.split("_")[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -91,7 +103,8 @@ def prepare(
         shared: the same, but only for the notebooks that declare them.
 
     Raises:
-        ReproduceError: a notebook does not declare a parameter, or declares another type for it; lists all such cases.
+        ReproduceError: a notebook does not declare a parameter, declares another type for it, or reads a notebook
+            without a lower number; lists all such cases.
     """
     tasks, problems = [], []
     for notebook in map(Path, notebooks):
@@ -108,7 +121,12 @@ def prepare(
             except TypeError:
                 kind = declared[name].__name__
                 problems.append(f"{notebook.name}: parameter {name!r} must be {kind}, not {value!r}")
-        tasks.append(Task(notebook, values, _key(notebook, values)))
+        task = Task(notebook, values, _key(notebook, values), _reads(notebook))
+        late = [number for number in task.reads if number >= task.number]
+        if late:
+            what = f"reads {', '.join(late)}; a notebook reads only those with a lower number"
+            problems.append(f"{notebook.name}: {what}")
+        tasks.append(task)
     if problems:
         raise ReproduceError("\n".join(problems))
     return tasks
@@ -147,6 +165,11 @@ def _key(notebook: Path, parameters: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps([code, parameters], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _reads(notebook: Path) -> tuple[str, ...]:
+    """The notebooks that a notebook reads, by its metadata."""
+    return tuple(nbformat.read(notebook, as_version=4).metadata.get("wsss", {}).get("reads", ()))
+
+
 # ------------------------------------------------------------------------------------------------------------ states
 
 
@@ -181,6 +204,8 @@ def describe(state: Mapping) -> str:
             return f"killed {_where(state)}" + (f": {state['cause']}" if "cause" in state else "")
         case "done":
             return f"done in {state['seconds']:.0f} s"
+        case "queued" if "cause" in state:
+            return f"queued: {state['cause']}"
         case other:
             return other
 
@@ -213,7 +238,10 @@ def run(tasks: Sequence[Task], out: str | Path, at_once: int | None = None, on: 
     """
     out = Path(out)
     _refuse_running(out)
-    queue = [task for task in tasks if not _is_done(task, out)]
+    queue = []
+    for task in sorted(tasks, key=lambda task: task.name):
+        if not _is_done(task, out) or any(s in queue or _is_newer(s, task, out) for s in _sources(task, tasks)):
+            queue.append(task)
     for task in queue:
         write_json(state_path(out, task.name), _queued(task, attempt=1))
     (out / "log").mkdir(parents=True, exist_ok=True)
@@ -224,14 +252,14 @@ def run(tasks: Sequence[Task], out: str | Path, at_once: int | None = None, on: 
 
 
 def _run_all(queue: list[Task], out: Path, on: str, at_once: int, progress: "_Progress") -> None:
-    running = {}
+    batch, running = list(queue), {}
     try:
         with engine(on, at_once, out / "log") as pool:
             while queue or running:
-                while queue and pool.free:
-                    task = queue.pop(0)
+                while (task := _startable(queue, running.values(), batch, out)) and pool.free:
+                    queue.remove(task)
                     running[pool.start(_work, task, out.resolve())] = task
-                if not queue:
+                if not task:
                     pool.release()
                 for job, cause in pool.ended(running).items():
                     task = running.pop(job)
@@ -244,6 +272,32 @@ def _run_all(queue: list[Task], out: Path, on: str, at_once: int, progress: "_Pr
         for task in running.values():
             _close(task, out, "the batch was stopped")
         progress.update()
+
+
+def _startable(queue: list[Task], running: Collection[Task], batch: Sequence[Task], out: Path) -> Task | None:
+    """The first of a queue whose sources are all done; one with a source that ended otherwise leaves the queue."""
+    for task in list(queue):
+        sources = _sources(task, batch)
+        if any(source in queue or source in running for source in sources):
+            continue
+        ended = {source.name: read_state(out, source.name) for source in sources}
+        missing = [f"{name}, which is {describe(state)}" for name, state in ended.items() if state["state"] != "done"]
+        if not missing:
+            return task
+        queue.remove(task)
+        write_json(state_path(out, task.name), _queued(task, cause=f"it reads {'; '.join(missing)}"))
+    return None
+
+
+def _sources(task: Task, batch: Sequence[Task]) -> list[Task]:
+    """The tasks of a batch whose tables a task reads."""
+    return [other for other in batch if other.number in task.reads]
+
+
+def _is_newer(source: Task, task: Task, out: Path) -> bool:
+    """Whether `source` ended after `task` did; both are done."""
+    ended = [state_path(out, each.name).stat().st_mtime_ns for each in (source, task)]
+    return ended[0] > ended[1]
 
 
 def _is_done(task: Task, out: Path) -> bool:
@@ -417,7 +471,8 @@ def publish(out: Path, notebooks: Sequence[Path], results: Path = RESULTS) -> di
     """Make a finished reproduction the committed one.
 
     Copies its records and tables to <results>/<dataset>/, executes `notebooks` with their default parameters, which
-    read those records, and puts the executed ones in place of the old, all of them or none.
+    read those records, and puts the executed ones in place of the old, all of them or none. Then the index of that
+    folder, the README's tables and the pictures in docs/ beside <results> are generated anew.
 
     Args:
         out: folder of a reproduction of all `notebooks` with three seeds or more.
@@ -452,8 +507,15 @@ def publish(out: Path, notebooks: Sequence[Path], results: Path = RESULTS) -> di
         for name in ("record.json", "state.json"):
             write_atomic(target / "runs" / run_folder.name / name, (run_folder / name).read_bytes())
     for table in _tables(out):
-        write_atomic(target / "tables" / table.name, table.read_bytes())
-    return _execute_in_place(notebooks, out / "publish")
+        write_atomic(target / table.relative_to(out), table.read_bytes())
+    states = _execute_in_place(notebooks, out / "publish")
+    if all(state["state"] == "done" for state in states.values()):
+        from wsss import index
+
+        index.write_index(target, find_notebooks())
+        index.write_readme(results.parent / "README.md")
+        index.write_pictures(notebooks, results.parent / "docs")
+    return states
 
 
 def _execute_in_place(notebooks: Sequence[Path], scratch: Path) -> dict[str, dict]:
@@ -511,10 +573,12 @@ def command(arguments: argparse.Namespace) -> int:
     place = out / "publish" if arguments.publish else out
     for name, state in states.items():
         print(f"{name}: {describe(state)}")
-        if state["state"] != "done":
+        if state["state"] in ("failed", "killed"):
             print(f"  see {_shown(place / 'notebooks' / name)}.ipynb and {_shown(place / 'log' / name)}.log")
     for table in _tables(out):
         print(_shown(table))
+    if not arguments.publish:
+        print(f"which table comes from what: {_shown(out / 'index.md')}")
     return 0 if all(state["state"] == "done" for state in states.values()) else 1
 
 
@@ -540,6 +604,7 @@ def chosen_tasks(arguments: argparse.Namespace, own: Mapping[str, object]) -> li
 
 
 def _reproduce(arguments: argparse.Namespace, out: Path) -> dict[str, dict]:
+    from wsss import index
     from wsss.experiments import recipe_for
 
     # What trains in a Slurm job has a GPU even where this process has none.
@@ -556,11 +621,14 @@ def _reproduce(arguments: argparse.Namespace, out: Path) -> dict[str, dict]:
         out.rename(out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     states = run(tasks, out, 1 if arguments.on == "local" and not small else None, arguments.on)
     write_json(out / "state.json", {"notebooks": states, "tables": [path.name for path in _tables(out)]})
+    index.write_index(out, find_notebooks())
     return states
 
 
 def _tables(out: Path) -> list[Path]:
-    return sorted(path for path in (out / "tables").glob("*") if path.suffix in (".csv", ".md", ".html"))
+    """The tables that notebooks wrote, as shown in them and as published."""
+    found = [path for folder in ("tables", "as_published") for path in (out / folder).glob("*")]
+    return sorted(path for path in found if path.suffix in (".csv", ".md", ".html"))
 
 
 def _shown(path: Path) -> str:

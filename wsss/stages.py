@@ -1,8 +1,8 @@
 """Between the networks of a multi-stage method: label maps that one network leaves and the next one learns from.
 
-classifier -> seeds -> affinity network -> random walk -> pseudo masks -> second segmentation network. The second network
-can also learn from the maps of any single-stage method. Label maps lie as one small PNG an image in the folder of
-the run that learns from them; nothing else is written.
+classifier -> seeds -> affinity network -> random walk -> pseudo masks -> second segmentation network. The second
+network can also learn from the maps of any single-stage method. Label maps lie as one small PNG an image in the folder
+of the run that learns from them; nothing else is written.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,9 +52,11 @@ class Trained:
 Labelled = Iterator[tuple[Sample, Tensor]]  # images with a label map, int64 (H, W), in their order
 
 
-def affinity_labels(seeds: Trained, stage: Trained, batches: Iterable[list[Sample]], workers: int | None = 1) -> Labelled:
-    """What an affinity network learns from: the seeds of a classifier, labelled by a high and by a low background score,
-    both smoothed by the CRF of `stage`, merged where they agree (TransCAM's code). 255 is uncertain.
+def affinity_labels(
+    seeds: Trained, stage: Trained, batches: Iterable[list[Sample]], workers: int | None = 1
+) -> Labelled:
+    """What an affinity network learns from: the seeds of a classifier, labelled by a high and by a low background
+    score, both smoothed by the CRF of `stage`, merged where they agree (TransCAM's code). 255 is uncertain.
 
     Args:
         seeds: the classifier.
@@ -113,8 +115,8 @@ def given_maps(seeds: Trained, samples: Sequence[Sample]) -> tuple[Tensor, Tenso
     name = seeds.method.mask_map
     if not name or name in seeds.method.probability_maps:
         raise ValueError(
-            f"{type(seeds.method).__name__} has no class maps with a background score of our choice; affinity networks are "
-            "trained from those of cam, more, seco and transcam"
+            f"{type(seeds.method).__name__} has no class maps with a background score of our choice; affinity networks "
+            "are trained from those of cam, more, seco and transcam"
         )
     maps = all_scores(seeds.method.eval(), samples, {name}, seeds.config, seeds.device)[name]
     return resize(maps, tuple(samples[0].image.shape[1:])).cpu(), torch.stack([sample.label for sample in samples])
@@ -130,7 +132,7 @@ def _in_pairs(values: Iterator) -> Iterator[tuple]:
     return zip(values, values)
 
 
-# ------------------------------------------------------------------------------------------------------ files and scores
+# -------------------------------------------------------------------------------------------------- files and scores
 
 
 class Relabelled(Dataset[Sample]):
@@ -152,7 +154,8 @@ class Relabelled(Dataset[Sample]):
         sample, path = self.dataset[index], self.path(index)
         mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         if mask is None or mask.shape != tuple(sample.image.shape[1:]):
-            found = "is missing or unreadable" if mask is None else f"is {mask.shape}, the image {tuple(sample.image.shape[1:])}"
+            size = tuple(sample.image.shape[1:])
+            found = "is missing or unreadable" if mask is None else f"is {mask.shape}, the image {size}"
             raise DataError(f"{path}: this label map {found}; remove {self.folder} and start the run again", "size")
         return replace(sample, mask=torch.from_numpy(mask).long())
 
@@ -184,7 +187,7 @@ def relabel(
 def score_masks(
     chain: Sequence[Trained], dataset: Dataset[Sample], images: int | None = None, workers: int | None = 1
 ) -> dict[str, Scores]:
-    """Scores of the pseudo masks after a random walk, with and without the CRF, on the first images of a training split."""
+    """Scores of the pseudo masks after a random walk, with and without the CRF, on first images of a training split."""
     total = len(dataset) if images is None else min(images, len(dataset))
     matrices = {name: ConfusionMatrix(len(dataset.classes) + 1) for name in ("walk", "walk+crf")}
 

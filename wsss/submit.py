@@ -29,10 +29,14 @@ def submit(run: Path, file: Path, root: Path, crf: bool = False, progress: bool 
     record = Record.read(run)
     trained = load_trained(record.experiment(run.parent), run.parent)
     if not trained.method.segments:
-        raise ValueError(f"{run}: {record.method} has no decoder; submit the network that was trained on its pseudo masks")
+        raise ValueError(
+            f"{run}: {record.method} has no decoder; submit the network that was trained on its pseudo masks"
+        )
     dataset = VOC2012(root, "test")
     if tuple(record.classes) != tuple(dataset.classes):
-        raise ValueError(f"{run}: this network knows the classes of {record.identity}; the server takes those of VOC 2012")
+        raise ValueError(
+            f"{run}: this network knows the classes of {record.identity}; the server takes those of VOC 2012"
+        )
     batches = batches_of_one_size(dataset, range(len(dataset)))
     request = Request(trained.method.segments, crf=crf)
     masks = label_maps(trained.method, batches, request, trained.config, trained.device, crf_workers=None)

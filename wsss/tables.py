@@ -7,7 +7,7 @@ hold fractions; frames and tables hold percent, except for ratios (`RATIOS`).
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,19 @@ PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "published"
 PERCENT = ("miou", "iou", "precision", "recall", "pixel_accuracy")
 RATIOS = ("confusion_ratio",)
 COLUMNS = [
-    "method", "variant", "arm", "dataset", "seed", "split", "protocol", "map", "quantity", "class_name", "value"
+    "method", "variant", "arm", "dataset", "seed", "split", "protocol", "map", "quantity", "class_name", "value", "run"
 ]  # fmt: skip
+PLACE = ["dataset", "split", "protocol", "map"]
 AGREEMENT = (
     "A new value agrees with the committed one when the two means differ by no more than twice the committed standard "
     "deviation over seeds, or by 0.5 points (0.005 of a ratio), whichever is more."
 )
 NOT_RUN, NOT_REPORTED, UNDEFINED = "not run", "not reported", "undefined"
-NUMBERS = rf"[+-]?\d.*|{NOT_RUN}|{NOT_REPORTED}|{UNDEFINED}.*|"  # the cells of a column that is set to the right
+REPRODUCED, PUBLISHED_ONLY = "reproduced", "published only"
+AS_PUBLISHED = "as_published"  # folder of the regenerated tables
+# The methods whose rows a paper ran itself; the last one is its own proposal.
+OWN_METHODS = {"bnr": ("TransCAM", "BNR"), "apc": ("APC",), "seco": ("SeCo",), "more": ("MoRe",)}
+NUMBERS = rf"[+-]?\d.*|{NOT_RUN}|{NOT_REPORTED}|{UNDEFINED}.*|{PUBLISHED_ONLY}|"  # cells that are set to the right
 
 
 def published(paper: str, table: str | int, folder: str | Path = PUBLISHED) -> pd.DataFrame:
@@ -48,13 +53,17 @@ def published(paper: str, table: str | int, folder: str | Path = PUBLISHED) -> p
     Raises:
         FileNotFoundError: there is no such table; the message names those that exist.
     """
+    sheet = _as_text(paper, table, folder)
+    return sheet.assign(value=pd.to_numeric(sheet["value"]), uncertainty=pd.to_numeric(sheet["uncertainty"]))
+
+
+def _as_text(paper: str, table: str | int, folder: str | Path = PUBLISHED) -> pd.DataFrame:
+    """The cells of a published table, letter by letter."""
     path = Path(folder) / (f"{paper}_text.csv" if table == "text" else f"{paper}_table{table}.csv")
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*_t*.csv"))) or "none"
         raise FileNotFoundError(f"{path}: there is no such published table; known: {known}")
-    return pd.read_csv(
-        path, dtype={"table": str}, keep_default_na=False, na_values={"value": [""], "uncertainty": [""]}
-    )
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def frame(records: Sequence["Record"]) -> pd.DataFrame:
@@ -62,8 +71,8 @@ def frame(records: Sequence["Record"]) -> pd.DataFrame:
 
     Returns:
         The columns `COLUMNS`, one value a row. `dataset` is the dataset's identity, `map` has "+crf" behind it where a
-        CRF was used, `class_name` is "" for a mean over classes. Values are percent for the quantities in `PERCENT`
-        and plain for those in `RATIOS`; NaN where a score is undefined.
+        CRF was used, `class_name` is "" for a mean over classes, `run` is the name of the run. Values are percent for
+        the quantities in `PERCENT` and plain for those in `RATIOS`; NaN where a score is undefined.
     """
     rows = []
     for record in records:
@@ -79,7 +88,25 @@ def frame(records: Sequence["Record"]) -> pd.DataFrame:
                 factor = 100.0 if quantity in PERCENT else 1.0
                 for class_name, number in named:
                     number = float("nan") if number is None else number * factor
-                    rows.append((*run, *place, quantity, class_name, number))
+                    rows.append((*run, *place, quantity, class_name, number, record.name))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def measured(
+    records: Sequence["Record"], split: str, protocol: str = "", **quantities: Callable[["Record"], float | None]
+) -> pd.DataFrame:
+    """What runs measured besides scores, in the long format of `frame`.
+
+    Args:
+        split, protocol: what to write into these columns.
+        quantities: name of a quantity -> its value for a record, in the unit of the table that it is for; None where
+            the run did not measure it, which gives no row.
+    """
+    rows = []
+    for record in records:
+        run = (record.method, record.variant, record.arm, record.identity, record.seed, split, protocol, "")
+        values = {quantity: value(record) for quantity, value in quantities.items()}
+        rows += [(*run, quantity, "", value, record.name) for quantity, value in values.items() if value is not None]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -114,7 +141,7 @@ def summary(frame: pd.DataFrame, by: str | Sequence[str]) -> pd.DataFrame:
     if twice.any():
         row = frame[twice].iloc[0]
         where = ", ".join(f"{column} = {row[column]!r}" for column in [*by, "seed"])
-        varied = [c for c in frame.columns if c not in (*by, "seed", "value") and frame[c].nunique() > 1]
+        varied = [c for c in frame.columns if c not in (*by, "seed", "value", "run") and frame[c].nunique() > 1]
         raise ValueError(
             f"summary: more than one value for {where}; filter the frame, or add one of these columns to `by`: "
             + ", ".join(varied)
@@ -160,7 +187,7 @@ def compare(
             raise ValueError(f"compare: the {name} frame has no column {', '.join(missing)}")
     theirs, ours = _printed_values(published, on), _means(reproduced, on)
     old = None if committed is None else _means(committed, on)
-    theirs_head, ours_head = _heading("published", published), _heading("reproduced", reproduced)
+    theirs_head, ours_head = heading("published", published), heading("reproduced", reproduced)
     rows = []
     for key in dict.fromkeys([*theirs, *ours]):
         value, text, ratio = theirs.get(key, (float("nan"), NOT_REPORTED, False))
@@ -168,7 +195,7 @@ def compare(
         row = dict(zip(on, key)) | {theirs_head: text, ours_head: _mean_text(new)}
         row["difference"] = _difference(new, value, ratio)
         if old is not None:
-            row |= {_heading("committed", committed): _mean_text(old.get(key)), "agrees": _agrees(new, old.get(key))}
+            row |= {heading("committed", committed): _mean_text(old.get(key)), "agrees": _agrees(new, old.get(key))}
         rows.append(row)
     table = pd.DataFrame(rows)
     if old is not None:
@@ -176,7 +203,7 @@ def compare(
     return table
 
 
-def _heading(name: str, rows: pd.DataFrame) -> str:
+def heading(name: str, rows: pd.DataFrame) -> str:
     """`name: dataset split`, which must be the same in all rows."""
     places = rows[["dataset", "split"]].drop_duplicates()
     if len(places) > 1:
@@ -289,6 +316,87 @@ def provenance(records: Sequence["Record"]) -> pd.DataFrame:
     return table
 
 
+# -------------------------------------------------------------------------------------- published tables, row for row
+
+
+def regenerate(
+    paper: str, table: str | int, theirs: pd.DataFrame, ours: pd.DataFrame, on: str | Sequence[str], folder: str | Path
+) -> None:
+    """Write the counterpart of a published table, row for row: <paper>_table<N>.csv in `as_published` beside `folder`.
+
+    It has the rows and the columns of the published file. A row that was reproduced holds our mean over seeds and its
+    standard deviation, with our dataset, split and backbone; the row of another paper's method keeps what was printed.
+    More columns follow: `published` and `published_uncertainty` (as printed), `status`, `seeds` (how many), `protocol`,
+    `map` and `runs` (their names). The status is "reproduced", "undefined" (there are runs, but no such score),
+    "published only", or, for a row of the paper's own methods that has no counterpart, "not run: " and what is missing.
+
+    Args:
+        theirs: rows of `published(paper, table)` under the index that they have there, labelled so that the columns
+            `on` tell them apart. Rows that are left out have no counterpart.
+        ours: rows of `frame` or of `measured`, labelled in the same words. May be empty; what matches no row of
+            `theirs` is left out.
+        on: columns that both have.
+        folder: where the other tables go; "" writes nothing.
+
+    Raises:
+        ValueError: `theirs` is not of this table or has two rows of one key; ours has two values of one seed for a row,
+            or values of several datasets, splits, protocols or maps.
+    """
+    on = [on] if isinstance(on, str) else list(on)
+    sheet, where = _as_text(paper, table), f"regenerate: {paper} table {table}"
+    same = theirs["value"].equals(pd.to_numeric(sheet["value"]).reindex(theirs.index))
+    if not same or theirs.index.has_duplicates or theirs.duplicated(on).any():
+        raise ValueError(
+            f"{where}: pass rows of `published({paper!r}, {table!r})`, each once, under the index that they have "
+            f"there, and with labels {', '.join(on)} that tell them apart"
+        )
+    keys = dict(zip(theirs.index, map(tuple, theirs[on].to_numpy())))
+    ours = ours.loc[[key in keys.values() for key in map(tuple, ours[on].to_numpy())]]
+    places = ours[[*on, *PLACE]].drop_duplicates()
+    if places.duplicated(on).any():
+        key = dict(places.loc[places.duplicated(on), on].iloc[0])
+        raise ValueError(f"{where}: our rows for {key} differ in one of {', '.join(PLACE)}; filter them to one")
+    runs = ours.groupby(on, sort=False)["run"].agg(lambda names: "; ".join(dict.fromkeys(names)))
+    found = summary(ours, on).merge(places, on=on).merge(runs.rename("runs").reset_index(), on=on).to_dict("records")
+    found = {tuple(cell[column] for column in on): cell for cell in found}
+    pairs = [(row, found.get(keys.get(index))) for index, row in enumerate(sheet.to_dict("records"))]
+    reached = pd.DataFrame([row for row, cell in pairs if cell], columns=sheet.columns)
+    lines = [_with_ours(row, cell) if cell else _without_ours(row, reached, ours) for row, cell in pairs]
+    if folder != "":
+        path = Path(folder).with_name(AS_PUBLISHED) / f"{paper}_table{table}.csv"
+        write_atomic(path, pd.DataFrame(lines).to_csv(index=False))
+
+
+def _with_ours(row: dict, ours: dict) -> dict:
+    """The line of a published row that has a counterpart, as text."""
+    decimals = max(_decimals(row["unit"] == "ratio"), len(row["value"].partition(".")[2]))
+    form = f".{decimals}f" if row["unit"] in ("percent", "ratio") else ".3g"
+    text = lambda number: "" if pd.isna(number) else f"{number:{form}}"
+    line = row | {"backbone": _backbone(ours["runs"]), "dataset": ours["dataset"], "split": ours["split"]}
+    line |= {"value": text(ours["mean"]), "uncertainty": text(ours["std"])}
+    line |= {"published": row["value"], "published_uncertainty": row["uncertainty"]}
+    line |= {"status": UNDEFINED if pd.isna(ours["mean"]) else REPRODUCED, "seeds": str(ours["n"])}
+    return line | {name: ours[name] for name in ("protocol", "map", "runs")}
+
+
+def _without_ours(row: dict, reached: pd.DataFrame, ours: pd.DataFrame) -> dict:
+    """The line of a published row that has none; `reached` are those that have one, `ours` what they have."""
+    line = row | {"published": row["value"], "published_uncertainty": row["uncertainty"], "status": PUBLISHED_ONLY}
+    line |= dict.fromkeys(("seeds", "protocol", "map", "runs"), "")
+    if row["method"] not in OWN_METHODS[row["paper"]]:
+        return line
+    missing = f"{row['dataset']} {row['split']}".strip() or row["quantity"]
+    if (row["dataset"], row["split"]) in set(zip(reached["dataset"], reached["split"])):
+        known = row["class_name"] in set(reached["class_name"])
+        missing = row["quantity"] if known else f"{ours['dataset'].iloc[0]} has no {row['class_name']}"
+    return line | {"value": "", "uncertainty": "", "status": f"{NOT_RUN}: {missing}"}
+
+
+def _backbone(runs: str) -> str:
+    """The part of a run's name that is its backbone, see `Experiment.name`."""
+    return re.match(r"[^.]+\.[^_]+_(.+?)_\d+_b\d+-\d+_", runs)[1]
+
+
 # ---------------------------------------------------------------------------------------------------------- output
 
 
@@ -318,7 +426,7 @@ def save(table: pd.DataFrame, id: str, folder: str | Path, caption: str) -> list
     folder, cells = Path(folder), _cells(table)
     return [
         write_atomic(folder / f"{id}.csv", cells.to_csv(index=False)),
-        write_atomic(folder / f"{id}.md", f"{_markdown(cells)}\n{_full_caption(table, caption)}\n"),
+        write_atomic(folder / f"{id}.md", f"{markdown(cells)}\n{_full_caption(table, caption)}\n"),
         write_atomic(folder / f"{id}.html", markup + "\n"),
     ]
 
@@ -359,8 +467,8 @@ def _cell(value: object, ratio: bool) -> str:
     return f"{value:.{_decimals(ratio)}f}" if isinstance(value, float) else str(value)
 
 
-def _markdown(cells: pd.DataFrame) -> str:
-    """A Markdown table of text cells; pipes and line breaks are escaped."""
+def markdown(cells: pd.DataFrame) -> str:
+    """A table in Markdown; pipes and line breaks in its cells are escaped."""
     escape = lambda value: str(value).replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
     lines = [cells.columns, ["---"] * len(cells.columns), *cells.itertuples(index=False)]
     return "".join("| " + " | ".join(map(escape, line)) + " |\n" for line in lines)

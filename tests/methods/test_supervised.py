@@ -61,8 +61,7 @@ def test_training_images_without_masks_are_named():
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     samples = [Sample(image, torch.ones(3), None, "scene 7")]
     method = Supervised(SupervisedConfig(0, 2), 3, MultiTokenViT(image_size=64, pretrained=False))
-    config = TrainConfig(
-        64, 1, 1, 1e-3, 1.0, 0.0, 0, 1.0, 0.9, 0.0, "fp32", "resize", (1.0, 1.0), (1.0, 1.0), (0.0, 0.0, 0.0, 0.0), 0.0, 1
-    )
+    plain = "fp32", "resize", (1.0, 1.0), (1.0, 1.0), (0.0, 0.0, 0.0, 0.0), 0.0, 1
+    config = TrainConfig(64, 1, 1, 1e-3, 1.0, 0.0, 0, 1.0, 0.9, 0.0, *plain)
     with pytest.raises(ValueError, match="scene 7: this image has no mask"):
         train(method, samples, config, 0, progress=False)

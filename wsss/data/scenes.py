@@ -144,7 +144,8 @@ def _ellipse(x: float, y: float, radius_x: float, radius_y: float, points: int =
 def _boat(u, n):
     depth, length, mast, sail = u(0.3, 0.45), u(0.8, 1), u(-0.2, 0.2), u(0.5, 0.8)
     hull = _polygon((-length, 0.2), (length, 0.2), (length * 0.65, 0.2 + depth), (-length * 0.6, 0.2 + depth))
-    sails = [_box(mast - 0.04, -0.95, mast + 0.04, 0.2), _polygon((mast + 0.08, -0.9), (mast + 0.08, 0.1), (mast + sail, 0.1))]
+    cloth = _polygon((mast + 0.08, -0.9), (mast + 0.08, 0.1), (mast + sail, 0.1))
+    sails = [_box(mast - 0.04, -0.95, mast + 0.04, 0.2), cloth]
     rim = _polygon((-length, 0.2), (length, 0.2), (length * 0.97, 0.28), (-length * 0.97, 0.28))
     return [hull, *sails], [(rim, 1.4)], "planks"
 
@@ -153,7 +154,8 @@ def _train(u, n):
     top, windows = u(0.35, 0.5), n(4, 7)
     body = _polygon((-1, -top), (0.75, -top), (1, -top * 0.1), (1, top * 0.8), (-1, top * 0.8))
     wheels = [_ellipse(x, top * 0.85, 0.14, 0.14) for x in (-0.6, -0.1, 0.5)]
-    panes = [(_box(-0.85 + 1.5 * i / windows, -top * 0.6, -0.85 + 1.5 * (i + 0.6) / windows, 0), 0.35) for i in range(windows)]
+    place = lambda i: -0.85 + 1.5 * i / windows
+    panes = [(_box(place(i), -top * 0.6, place(i + 0.6), 0), 0.35) for i in range(windows)]
     return [body, *wheels], [*panes, (_box(-1, top * 0.25, 1, top * 0.4), 1.5)], "plain"
 
 

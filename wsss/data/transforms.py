@@ -188,7 +188,8 @@ class StrongView:
             crop: float (3, h, w), its normalised training crop.
 
         Returns:
-            "strong" (3, h, w), the crop in other colours, and as released "second" (3, h, w), another crop of `original`.
+            "strong" (3, h, w), the crop in other colours, and as released "second" (3, h, w), another crop of
+            `original`.
         """
         views = {"strong": normalise(self._strong(denormalise(crop).round().clamp(0, 255).to(torch.uint8)))}
         if self.released:
