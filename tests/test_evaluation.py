@@ -12,6 +12,7 @@ from wsss import evaluation
 from wsss.data import Sample
 from wsss.data.transforms import MEAN, STD, normalise, squash
 from wsss.evaluation import EvalConfig, Request, all_scores, batches_of_one_size, evaluate, predict_masks
+from wsss.experiments import Experiment
 from wsss.maps import minmax_transcam
 from wsss.methods.common import Method
 from wsss.metrics import ConfusionMatrix, ThresholdSweep
@@ -241,6 +242,39 @@ def test_predicted_labels_come_from_the_images_own_size_whatever_the_scales():
     method = Stub()
     evaluate(method, Toy(), PREDICTED, replace(SQUASHED, map_scales=(0.5,)), progress=False)
     assert {shape[-1] for _, shape in method.calls} == {8, 16}
+
+
+def test_a_network_on_patches_sees_whole_patches_of_images_at_their_own_size():
+    method, config = Stub(), replace(NATIVE, decoder_scales=(1.0, 1.25), map_scales=(0.5, 1.0))
+    method.patch_size = 4
+    [sample] = Toy(sizes=[(9, 14)]).samples
+    scores = all_scores(method, [sample], {"cam", "decoder"}, config)
+    assert scores["decoder"].shape == (1, CLASSES + 1, 9, 14)
+    assert set(method.calls) == {
+        ("segment", (1, 3, 8, 16)),  # 9 x 14; 14 is half way between 12 and 16, and even wins
+        ("segment", (1, 3, 12, 16)),  # 11 x 17
+        ("maps", (1, 3, 4, 8)),  # 4 x 7
+        ("maps", (1, 3, 8, 16)),
+    }
+    assert scores["labels"].shape == (1, CLASSES)
+    tiny = evaluation.whole_patches(torch.rand(1, 3, 1, 1), 4)
+    assert tiny.shape == (1, 3, 4, 4), "at least one patch"
+    fitting = torch.rand(1, 3, 8, 12)
+    assert evaluation.whole_patches(fitting, 4) is fitting
+
+
+@pytest.mark.parametrize("name, variant", [("cam", "published"), ("apc", "published"), ("transcam", "published")])
+def test_every_method_on_patches_takes_images_at_their_own_size(name, variant):
+    """As COCO's recipes ask for, whose images have all sizes."""
+    torch.manual_seed(0)
+    method = Experiment(name, variant, "embedded").build(CLASSES, pretrained=False).eval()
+    config = replace(NATIVE, decoder_scales=(1.0, 1.25, 1.5))
+    [sample] = Toy(sizes=[(83, 61)]).samples
+    names = {method.mask_map} | ({"decoder"} if method.segments else set())
+    scores = all_scores(method, [sample], names, config)
+    assert all(torch.isfinite(values).all() for values in scores.values())
+    if method.segments:
+        assert scores["decoder"].shape[-2:] == (83, 61)
 
 
 def test_eval_size_squashes_what_the_network_sees():

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -276,7 +277,7 @@ def all_scores(
     if DECODER in names:
 
         def segment(images: Tensor) -> Tensor:
-            logits = method.segment(images)
+            logits = method.segment(whole_patches(images, method.patch_size))
             if logits is None:
                 raise ValueError(f"{type(method).__name__} has no decoder: the protocol `decoder` does not apply")
             return logits
@@ -288,7 +289,7 @@ def all_scores(
         present = {}
 
         def forward(images: Tensor) -> dict[str, Tensor]:
-            maps = method.maps(images)
+            maps = method.maps(whole_patches(images, method.patch_size))
             if images.shape[-2:] == inputs.shape[-2:]:
                 present["labels"] = (maps["class_logits"][: len(inputs), :, 0, 0] > 0).float()
             return maps
@@ -310,6 +311,18 @@ def all_scores(
     if "fused" in names:
         scores["fused"] = minmax(scores["cam"] * scores["lam"])
     return scores
+
+
+def whole_patches(images: Tensor, patch: int) -> Tensor:
+    """Images (B, 3, H, W) resized to the nearest whole number of patches, at least one each way.
+
+    Images at their own size, and their scaled copies, need not be cut into patches without a rest, which vision
+    transformers ask for. Scores are resized in the end, so nothing is lost; a side changes by half a patch at most.
+    """
+    size = tuple(max(1, round(side / patch)) * patch for side in images.shape[-2:])
+    if size == tuple(images.shape[-2:]):
+        return images
+    return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
 def predict_masks(

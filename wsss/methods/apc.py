@@ -336,7 +336,7 @@ class APC(Method):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.backbone = backbone
+        self.backbone, self.patch_size = backbone, backbone.patch_size
         self.dropout = nn.Dropout(config.dropout)
         self.bilstm = HVBiLSTM(backbone.embed_dim, config.dropout) if config.bilstm else None
         self.classifier = nn.Linear(backbone.embed_dim, num_classes + 1, bias=False)

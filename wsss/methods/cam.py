@@ -100,7 +100,7 @@ class Cam(Method):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.backbone = backbone
+        self.backbone, self.patch_size = backbone, backbone.patch_size
         self.classifier = nn.Linear(backbone.embed_dim, num_classes, bias=False)
         self.aux_classifier = nn.Linear(backbone.embed_dim, num_classes, bias=False)
         self.decoder = None

@@ -21,6 +21,7 @@ class Method(nn.Module):
         variants: the recipes that there are: by the paper's text, and by its public code.
         batch_fields: what a training batch must hold besides image and label: "mask" (B, H, W), the label map, for
             networks that learn from masks, or "valid" (B, H, W), False where an image was padded.
+        patch_size: the sides of an image must be multiples of it; 1 for networks that take any size. Those on patches set it.
         views: makes further views of a training image, (uint8 image, its normalised crop) -> {name: tensor}; or None.
         map_names: the maps that can be scored.
         crf_maps: those of them that are also scored after a CRF, and with the labels that the network predicts.
@@ -34,6 +35,7 @@ class Method(nn.Module):
     Config: type
     variants = VARIANTS
     batch_fields: tuple[str, ...] = ()
+    patch_size = 1
     views = None
     map_names: tuple[str, ...] = ()
     crf_maps: tuple[str, ...] = ()

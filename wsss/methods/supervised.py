@@ -37,7 +37,7 @@ class Supervised(Method):
 
     def __init__(self, config: SupervisedConfig, num_classes: int, backbone: MultiTokenViT):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.patch_size = backbone, backbone.patch_size
         self.decoder = build_decoder(
             backbone.embed_dim, num_classes + 1, config.decoder_width, config.decoder_dilation
         )

@@ -149,7 +149,7 @@ class TransCAM(Method):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
-        self.backbone = backbone
+        self.backbone, self.patch_size = backbone, backbone.patch_size
         self.conv_head = nn.Conv2d(backbone.num_features, num_classes + 1, 3, padding=1)
         self.token_head = nn.Linear(backbone.embed_dim, num_classes + 1)
         for head in (self.conv_head, self.token_head):
