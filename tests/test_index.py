@@ -12,6 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from wsss import index, reproduce
+from wsss.files import write_atomic
 from wsss.reproduce import RESULTS, ROOT, find_notebooks
 
 EMBEDDED = RESULTS / "embedded"
@@ -156,6 +157,17 @@ def test_a_table_of_the_readme_is_written_between_its_marks(tmp_path):
     )
     assert readme.read_text() == written
     assert index.write_readme(readme).read_text() == written, "written twice, it is the same"
+
+
+def test_columns_of_another_table_stand_in_the_readme_as_they_are(tmp_path):
+    write_atomic(tmp_path / "tables" / "scores.csv", 'arm,"maps, given",other\nMoRe,60.1 ± 1.0 (3),5\n')
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table: tables/scores.csv arm | maps, given -->\n<!-- end -->\n")
+    written = index.write_readme(readme).read_text()
+    assert written.splitlines()[1:4] == ["| arm | maps, given |", "| --- | --- |", "| MoRe | 60.1 ± 1.0 (3) |"]
+    readme.write_text("<!-- table: tables/scores.csv arm | miou -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match=r"no column 'miou', which the README names; there are arm \| maps, given \| other"):
+        index.write_readme(readme)
 
 
 def test_a_table_of_the_readme_that_does_not_exist_is_refused(tmp_path):

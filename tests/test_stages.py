@@ -16,6 +16,7 @@ from wsss.data.scenes import Scenes
 from wsss.data.transforms import normalise
 from wsss.evaluation import EvalConfig, Request, batches_of_one_size, evaluate
 from wsss.methods.affinity import AffinityConfig, AffinityNet
+from wsss.methods.common import Method
 from wsss.metrics import ConfusionMatrix
 from wsss.refine import dense_crf, label_probabilities
 from wsss.stages import (
@@ -87,10 +88,10 @@ def seed_map(sample, classes=CLASSES):
     return (sample.mask == torch.arange(1, classes + 1)[:, None, None]) * score
 
 
-class Oracle(nn.Module):
+class Oracle(Method):
     """A classifier whose map "cam" is the `seed_map` of the images of a dataset."""
 
-    map_names, mask_map, probability_maps, stage = ("cam",), "cam", (), ""
+    map_names, mask_map = ("cam",), "cam"
 
     def __init__(self, dataset):
         super().__init__()
@@ -109,7 +110,7 @@ class KnowingAffinity(AffinityNet):
     """Its embedding is the truth at the cells' upper left pixels, so that a walk never leaves an object."""
 
     def __init__(self, dataset, **settings):
-        backbone = ResNet38((4, 6, 8, 8, 12, 16, 20), (1, 1, 1, 1), (2, 2, 1), (0.0, 0.0))
+        backbone = ResNet38((16, 16, 16, 8, 12, 16, 20), (1, 1, 1, 1), (2, 2, 1), (0.0, 0.0))
         config = AffinityConfig(**{"tap_widths": (4, 4, 4), "embedding_width": 8, "frozen_stages": ()} | settings)
         super().__init__(config, len(dataset.classes), backbone)
         samples = [dataset[index] for index in range(len(dataset))]

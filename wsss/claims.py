@@ -103,7 +103,7 @@ def by_seed(frame: pd.DataFrame, **where: object) -> dict[int, float]:
     for column, value in where.items():
         rows = rows[rows[column] == value]
     if rows["seed"].duplicated().any():
-        varied = [c for c in rows.columns if c not in ("seed", "value") and rows[c].nunique() > 1]
+        varied = [c for c in rows.columns if c not in ("seed", "value", "run") and rows[c].nunique() > 1]
         raise ValueError(f"by_seed: more than one value for a seed; also say which {' or '.join(varied)}")
     return dict(zip(rows["seed"], rows["value"]))
 

@@ -24,7 +24,7 @@ from wsss.tables import AS_PUBLISHED, NOT_RUN, OWN_METHODS, PUBLISHED, PUBLISHED
 
 RECIPES = ROOT / "wsss" / "recipes"
 PICTURE = "docs-"  # the tag docs-<name> of a notebook cell: its picture is docs/<name>.png
-TABLE = re.compile(r"(?P<start><!-- table: (?P<path>\S+) (?P<quantity>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(?P<start><!-- table: (?P<path>\S+) (?P<what>[^\n]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 HEAD = """\
 # The published tables, regenerated
 
@@ -157,14 +157,18 @@ def _link(path: Path, folder: Path, text: str) -> str:
 
 
 def write_readme(readme: Path = ROOT / "README.md") -> Path:
-    """Write the README's tables anew, each between the comments <!-- table: PATH QUANTITY --> and <!-- end -->.
+    """Write the README's tables anew, each between the comments <!-- table: PATH WHAT --> and <!-- end -->.
 
-    PATH is a regenerated table, seen from the README's folder; QUANTITY, for example segmentation, names its rows that
-    are shown.
+    PATH is a CSV file, seen from the README's folder. Of a regenerated table, WHAT is the quantity whose rows are shown,
+    for example segmentation; of any other one its columns, with " | " between them.
+
+    Raises:
+        ValueError: there is no such quantity or column; the README stays as it was.
     """
 
     def anew(match: re.Match) -> str:
-        table = _headline(readme.parent / match["path"], match["quantity"])
+        path = readme.parent / match["path"]
+        table = (_headline if path.parent.name == AS_PUBLISHED else _columns)(path, match["what"])
         return match["start"] + tables.markdown(table) + match["end"]
 
     return write_atomic(readme, TABLE.sub(anew, readme.read_text()))
@@ -186,6 +190,14 @@ def _headline(path: Path, quantity: str) -> pd.DataFrame:
     values = (rows["value"] + spread + " (" + rows["seeds"] + ")").where(rows["status"].eq(REPRODUCED), rows["status"])
     heads = tables.heading("published", printed), tables.heading("reproduced", ours)
     return pd.DataFrame({"": names, heads[0]: rows["published"].replace("", tables.NOT_REPORTED), heads[1]: values})
+
+
+def _columns(path: Path, names: str) -> pd.DataFrame:
+    """Some columns of a table as it stands."""
+    table, wanted = pd.read_csv(path, dtype=str, keep_default_na=False), names.split(" | ")
+    if missing := [name for name in wanted if name not in table.columns]:
+        raise ValueError(f"{path}: no column {missing[0]!r}, which the README names; there are {' | '.join(table.columns)}")
+    return table[wanted]
 
 
 def write_pictures(notebooks: Iterable[Path], folder: Path = ROOT / "docs") -> list[Path]:

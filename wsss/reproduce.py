@@ -626,9 +626,9 @@ def _reproduce(arguments: argparse.Namespace, out: Path) -> dict[str, dict]:
 
 
 def _tables(out: Path) -> list[Path]:
-    """The tables that notebooks wrote, as shown in them and as published."""
+    """The tables that notebooks wrote, as shown in them and as published, and the pictures kept beside them."""
     found = [path for folder in ("tables", "as_published") for path in (out / folder).glob("*")]
-    return sorted(path for path in found if path.suffix in (".csv", ".md", ".html"))
+    return sorted(path for path in found if path.suffix in (".csv", ".md", ".html", ".npz"))
 
 
 def _shown(path: Path) -> str:

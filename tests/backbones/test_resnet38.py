@@ -15,7 +15,7 @@ from wsss.backbones.resnet38 import RESNET, TINY_RESNET, ResNet38, build_resnet3
 
 def small(**settings):
     torch.manual_seed(0)
-    return ResNet38((4, 6, 8, 8, 12, 16, 20), (1, 2, 2, 2), **settings)
+    return ResNet38((16, 16, 16, 8, 12, 16, 20), (1, 2, 2, 2), **settings)
 
 
 def randomise_norms(network):
@@ -177,10 +177,10 @@ def test_weights_come_from_a_local_file(tmp_path, monkeypatch):
     assert all(torch.equal(a.half(), b.half()) for a, b in zip(first.state_dict().values(), loaded.state_dict().values()))
     public = {name: value for name, value in small().state_dict().items() if "num_batches" not in name}
     torch.save(public | {"fc8.weight": torch.zeros(20, 20, 1, 1)}, tmp_path / "port.pth")
-    again = ResNet38((4, 6, 8, 8, 12, 16, 20), (1, 2, 2, 2), pretrained=tmp_path / "port.pth")
+    again = ResNet38((16, 16, 16, 8, 12, 16, 20), (1, 2, 2, 2), pretrained=tmp_path / "port.pth")
     assert torch.equal(again.b7.conv_branch1.weight, public["b7.conv_branch1.weight"])
     with pytest.raises(ValueError, match="port.pth: these are not the weights of this ResNet38: missing: b2_1.*left over: b3_1"):
-        ResNet38((4, 6, 8, 8, 12, 16, 20), (2, 1, 2, 2), pretrained=tmp_path / "port.pth")
+        ResNet38((16, 16, 16, 8, 12, 16, 20), (2, 1, 2, 2), pretrained=tmp_path / "port.pth")
 
 
 def test_bad_names_and_sizes_are_errors(tmp_path, monkeypatch):
@@ -191,5 +191,7 @@ def test_bad_names_and_sizes_are_errors(tmp_path, monkeypatch):
         build_resnet38(RESNET)
     with pytest.raises(ValueError, match=r"needs 7 widths, .* not \(4, 8\)"):
         ResNet38((4, 8))
+    with pytest.raises(ValueError, match="a block with a stride gets 8 channels; give it 16 or more"):
+        ResNet38((16, 8, 16, 8, 12, 16, 20))
     with pytest.raises(ValueError, match="no stage 'layer1' to freeze; choose among conv1a, b2, b3, b4, b5, b6, b7"):
         small().freeze(("layer1",))

@@ -39,7 +39,7 @@ TRAINING = TrainConfig(
 
 def make(**settings):
     torch.manual_seed(0)
-    backbone = ResNet38((4, 6, 8, 8, 12, 16, 20), (1, 1, 1, 1), (2, 2, 1), (0.0, 0.0))
+    backbone = ResNet38((16, 16, 16, 8, 12, 16, 20), (1, 1, 1, 1), (2, 2, 1), (0.0, 0.0))
     return AffinityNet(AffinityConfig(**SMALL | settings), 3, backbone)
 
 

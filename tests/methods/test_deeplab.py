@@ -35,7 +35,7 @@ TRAINING = TrainConfig(
 
 def make(**settings):
     torch.manual_seed(0)
-    backbone = ResNet38((4, 6, 8, 8, 12, 16, 20), (1, 1, 1, 1), (2, 2, 1), (0.0, 0.0))
+    backbone = ResNet38((16, 16, 16, 8, 12, 16, 20), (1, 1, 1, 1), (2, 2, 1), (0.0, 0.0))
     return DeepLab(DeepLabConfig(**{"width": 16, "dilation": 3, "dropout": 0.0} | settings), 3, backbone)
 
 

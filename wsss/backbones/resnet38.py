@@ -31,6 +31,7 @@ SIZES = {
     },
 }
 CLASSIFIERS = ("fc8", "linear1000")  # what files may hold besides the network
+NARROWEST = 16  # channels that a block with a stride may get
 TAPS = {"b5": "conv4", "b6": "conv5"}  # the activated input of a block -> the tap's name
 
 
@@ -98,7 +99,7 @@ class ResNet38(nn.Module):
 
     Args:
         widths: channels of the first convolution, of the four stages of plain blocks (b2 .. b5), and of the two
-            bottlenecks (b6, b7). Inside, the blocks of b5 are as wide as b4.
+            bottlenecks (b6, b7). Inside, the blocks of b5 are as wide as b4. Where a stride follows, 16 or more.
         blocks: number of blocks in b2, b3, b4, b5.
         strides: of the first block of b2, b3, b4; their product is the output stride.
         dropout: rates of b6 and b7.
@@ -122,6 +123,12 @@ class ResNet38(nn.Module):
             raise ValueError(
                 "ResNet38 needs 7 widths, 4 numbers of blocks, 3 strides and 2 rates of dropout, not "
                 f"{tuple(widths)}, {tuple(blocks)}, {tuple(strides)} and {tuple(dropout)}"
+            )
+        entering = [width for width, stride in zip(widths, strides) if stride > 1]  # blocks that halve the map
+        if entering and min(entering) < NARROWEST:
+            raise ValueError(
+                f"ResNet38: a block with a stride gets {min(entering)} channels; give it {NARROWEST} or more, since with fewer "
+                "oneDNN's strided 1x1 convolution writes beyond its memory on some processors (uxlfoundation/oneDNN, issue 6035)"
             )
         self.conv1a = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.block_names = []
