@@ -133,14 +133,16 @@ def batch(tmp_path_factory):
     """One batch of four notebooks: one passes, one fails, the kernel of one dies, the process of one is killed."""
     folder = tmp_path_factory.mktemp("batch")
     kill = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nimport time; time.sleep(60)"
+    told = "print(seeds, os.getcwd().split('/')[-1], os.environ['OMP_NUM_THREADS'])"
     notebooks = [
-        write_notebook(folder / "notebooks/00_passes.ipynb", "import os", "print(seeds, os.getcwd().split('/')[-1])"),
+        write_notebook(folder / "notebooks/00_passes.ipynb", "import os", told),
         write_notebook(folder / "notebooks/01_fails.ipynb", "1", "raise ValueError('too few\\nimages')", "print('no')"),
         write_notebook(folder / "notebooks/02_dies.ipynb", "import os", "os._exit(3)", "print('no')"),
         write_notebook(folder / "notebooks/03_killed.ipynb", kill, "print('no')"),
     ]
     tasks, out, stderr = prepare(notebooks, {"seeds": 7}), folder / "out", io.StringIO()
-    with contextlib.redirect_stderr(stderr):
+    with contextlib.redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
         states = run(tasks, out, at_once=4)
     return argparse.Namespace(folder=folder, out=out, notebooks=notebooks, states=states, stderr=stderr.getvalue())
 
@@ -148,7 +150,7 @@ def batch(tmp_path_factory):
 def test_a_notebook_that_passes_is_done(batch):
     state = batch.states["00_passes"]
     assert state["state"] == "done" and state["parameters"] == {"seeds": 7} and state["seconds"] > 0
-    assert texts(batch.out / "notebooks/00_passes.ipynb") == "7 notebooks\n", "parameters arrive, it runs in its folder"
+    assert texts(batch.out / "notebooks/00_passes.ipynb") == "7 notebooks 1\n", "parameters, its own folder, one thread"
     assert json.loads((batch.out / "notebooks/00_passes.state.json").read_text()) == state
 
 

@@ -363,6 +363,7 @@ def _work(task: Task, out: Path) -> None:
     path = state_path(out, task.name)
     state = states.read_state(path) | states.running() | {"cell": 0}
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel named python3 of the user would be another environment
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # notebooks stand side by side: more threads than cores slow all down
     start = time.perf_counter()
 
     def started() -> None:
