@@ -159,8 +159,8 @@ def _link(path: Path, folder: Path, text: str) -> str:
 def write_readme(readme: Path = ROOT / "README.md") -> Path:
     """Write the README's tables anew, each between the comments <!-- table: PATH WHAT --> and <!-- end -->.
 
-    PATH is a CSV file, seen from the README's folder. Of a regenerated table, WHAT is the quantity whose rows are shown,
-    for example segmentation; of any other one its columns, with " | " between them.
+    PATH is a CSV file, seen from the README's folder. Of a regenerated table, WHAT is the quantity whose rows are
+    shown, for example segmentation; of any other one its columns, with " | " between them.
 
     Raises:
         ValueError: there is no such quantity or column; the README stays as it was.
@@ -196,7 +196,8 @@ def _columns(path: Path, names: str) -> pd.DataFrame:
     """Some columns of a table as it stands."""
     table, wanted = pd.read_csv(path, dtype=str, keep_default_na=False), names.split(" | ")
     if missing := [name for name in wanted if name not in table.columns]:
-        raise ValueError(f"{path}: no column {missing[0]!r}, which the README names; there are {' | '.join(table.columns)}")
+        known = " | ".join(table.columns)
+        raise ValueError(f"{path}: no column {missing[0]!r}, which the README names; there are {known}")
     return table[wanted]
 
 

@@ -43,7 +43,8 @@ def row(pictures: int, title: str = "", width: float = 2.3, height: float = 2.5)
 
 def table_of_axes(rows: int, columns: int, side: float = 1.7) -> np.ndarray:
     """A grid of axes without ticks, (rows, columns)."""
-    figure, axes = plt.subplots(rows, columns, figsize=(side * columns, side * rows), squeeze=False, layout="constrained")
+    size = (side * columns, side * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     return axes

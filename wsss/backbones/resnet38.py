@@ -127,8 +127,9 @@ class ResNet38(nn.Module):
         entering = [width for width, stride in zip(widths, strides) if stride > 1]  # blocks that halve the map
         if entering and min(entering) < NARROWEST:
             raise ValueError(
-                f"ResNet38: a block with a stride gets {min(entering)} channels; give it {NARROWEST} or more, since with fewer "
-                "oneDNN's strided 1x1 convolution writes beyond its memory on some processors (uxlfoundation/oneDNN, issue 6035)"
+                f"ResNet38: a block with a stride gets {min(entering)} channels; give it {NARROWEST} or more, since with "
+                "fewer a strided 1x1 convolution writes beyond its memory on some processors (uxlfoundation/oneDNN, issue "
+                "6035)"
             )
         self.conv1a = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.block_names = []

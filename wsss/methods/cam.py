@@ -123,8 +123,8 @@ class Cam(Method):
         images, labels = batch["image"], batch["label"]
         if labels.shape != (len(images), self.num_classes) or not ((labels == 0) | (labels == 1)).all():
             raise ValueError(
-                f"labels must be 0 or 1, one for each of {len(images)} images and {self.num_classes} classes; they have the "
-                f"shape {tuple(labels.shape)} and the values {labels.unique().tolist()[:8]}"
+                f"labels must be 0 or 1, one for each of {len(images)} images and {self.num_classes} classes; they have "
+                f"the shape {tuple(labels.shape)} and the values {labels.unique().tolist()[:8]}"
             )
         tokens = self.encode(images)
         with full_precision(images):

@@ -21,7 +21,7 @@ class Method(nn.Module):
         variants: the recipes that there are: by the paper's text, and by its public code.
         batch_fields: what a training batch must hold besides image and label: "mask" (B, H, W), the label map, for
             networks that learn from masks, or "valid" (B, H, W), False where an image was padded.
-        patch_size: the sides of an image must be multiples of it; 1 for networks that take any size. Those on patches set it.
+        patch_size: the sides of an image must be multiples of it; networks on patches set it, others take any size.
         views: makes further views of a training image, (uint8 image, its normalised crop) -> {name: tensor}; or None.
         map_names: the maps that can be scored.
         crf_maps: those of them that are also scored after a CRF, and with the labels that the network predicts.
