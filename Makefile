@@ -23,6 +23,8 @@ reproduce: .venv/.installed
 	.venv/bin/wsss reproduce --dataset $(DATASET) --seeds $(SEEDS) --on $(ON) \
 		$(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(PAPERS),--papers $(PAPERS))
 
+# Threads of a process that wait for each other on a busy machine make it many times slower.
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed
 	.venv/bin/python -m pytest tests
 	.venv/bin/python -m pytest -p no:cacheprovider $(NBVAL) notebooks/
